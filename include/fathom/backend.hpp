@@ -1,0 +1,297 @@
+// Backend: what a device must provide - memory, weights in its own layout, and a dozen coarse
+// operations over which the model's mathematics is written once (lib/nn).  Third-party backends
+// stand on this header alone.
+//
+// Memory comes in address ranges: reserved as addresses, committed in multiples of granularity()
+// when needed, decommitted when not.  A backend keeps no large memory of its own: what it needs
+// beyond the operands is a workspace that the caller provides, of the size that workspace_bytes()
+// answers for the same parameters; what it keeps for its lifetime is runtime_bytes().
+//
+// Operations take f32 activations, row-major.  They are queued in order per OpContext and cannot
+// fail at the call; faults of the device surface at sync().  Results do not depend on the number
+// of threads: work is cut by shape, never by thread count.
+//
+// Threads: memory calls and operations may come from several threads at once with different
+// OpContexts.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "fathom/kv_page.hpp"
+#include "fathom/model_config.hpp"
+#include "fathom/status.hpp"
+#include "fathom/tensor.hpp"
+
+namespace fathom {
+
+// Interface version; a plug-in built against another one is refused.
+inline constexpr uint32_t kBackendVersion = 1;
+
+enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
+
+// How products with stored weights are computed.
+//   kFast   activations rounded to int8 or bf16 where a kernel wants them; f32 accumulation
+//   kExact  f32 activations times dequantised weights
+enum class Numerics : uint8_t { kFast, kExact };
+
+// `count` stacked matrices of [rows, cols] (out features, in features) on one device, in the
+// layout that weight_layout() chose.  A view: `data` belongs to the model's weight block.
+struct Weight {
+  DType dtype = DType::kF32;
+  bool block_scaled = false;  // kF8E4M3 with f32 scales per 128 x 128 block (weight_scale_inv)
+  uint8_t layout = 0;         // private to the backend
+  int64_t rows = 0, cols = 0;
+  int64_t count = 1;          // experts or heads
+  int64_t matrix_bytes = 0;   // from one matrix to the next
+  void* data = nullptr;
+  // matrix() must not be called on a weight whose data is null.
+  std::byte* matrix(int64_t index) const noexcept {
+    return static_cast<std::byte*>(data) + index * matrix_bytes;
+  }
+};
+
+// Where an operation runs and the scratch it may use.  The workspace is 64-byte aligned device
+// memory of at least workspace_bytes() for the parameters passed, not shared between contexts.
+struct OpContext {
+  void* workspace = nullptr;
+  int64_t workspace_bytes = 0;
+};
+
+// out[t, :] = row tokens[t] of table.
+struct EmbedParams {
+  const int32_t* tokens;  // [n_tokens] host memory; 0 <= id < table->rows
+  int64_t n_tokens;
+  const Weight* table;    // [vocab_size, hidden_size]
+  float* out;             // [n_tokens, hidden_size]
+};
+
+// out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * weight.  May run in place.
+struct RmsNormParams {
+  const float* x;
+  int64_t x_stride;     // values from row to row
+  const float* weight;  // [n_cols]
+  float eps;
+  int64_t n_rows, n_cols;
+  float* out;
+  int64_t out_stride;
+};
+
+// out[t, r] (+)= sum_c x[t, c] * w[r, c].
+struct MatmulParams {
+  const float* x;  // [n_rows, w->cols]
+  int64_t x_stride;
+  int64_t n_rows;
+  const Weight* w;  // count == 1
+  float* out;       // [n_rows, w->rows]; must not overlap x
+  int64_t out_stride;
+  bool add = false;    // add to what out holds
+  bool exact = false;  // f32 activations whatever the numerics (router)
+};
+
+// For every head h: out[t, h, :] = w[h] * x[t, h, :], or w[h] transposed * x[t, h, :].
+struct HeadsMatmulParams {
+  const float* x;  // [n_tokens, n_heads, in]
+  int64_t x_token_stride, x_head_stride;
+  int64_t n_tokens;
+  const Weight* w;  // count == n_heads; [out, in], or [in, out] when transposed
+  bool transposed;
+  float* out;  // [n_tokens, n_heads, out]; must not overlap x
+  int64_t out_token_stride, out_head_stride;
+};
+
+// cos_sin[t, i, :] = (cos, sin)((first_position + t) * inv_freq[i]) * multiplier, angle in double.
+struct RopeTableParams {
+  const double* inv_freq;  // [rope_dim / 2] host memory
+  double multiplier;
+  int64_t rope_dim;
+  int64_t first_position, n_tokens;
+  float* cos_sin;  // [n_tokens, rope_dim / 2, 2]
+};
+
+// Rotates pairs (2i, 2i+1) of x[t, h, 0 .. rope_dim) in place: interleaved RoPE.
+struct RopeParams {
+  float* x;  // first of the rope columns of token 0, head 0
+  int64_t token_stride, head_stride;
+  int64_t n_tokens, n_heads, rope_dim;
+  const float* cos_sin;  // [n_tokens, rope_dim / 2, 2]
+};
+
+// Norms the latent columns, rotates the rope columns, and writes the rows into the pages in each
+// page's type: rows.first_row .. + rows.n_rows of one layer.
+struct KvAppendParams {
+  const float* kv;  // [n_rows, kv_lora_rank + qk_rope_head_dim] as kv_a_proj leaves it; overwritten
+                    // by nobody
+  int64_t kv_stride;
+  const float* norm_weight;  // [kv_lora_rank]
+  float eps;
+  const float* cos_sin;  // [n_rows, rope_dim / 2, 2]
+  KvRows rows;
+};
+
+// Attention of queries t (session position first_position + t) over the rows of `rows`, causal: a
+// query sees rows <= its position.  Online softmax over three arrays of running state, so that the
+// rows may be handed in several calls (pages that stream in, parts on other devices): `begin`
+// starts the state, `finish` divides out by sum.  Calls meet at multiples of kKvSplitRows.
+struct AttentionState {
+  float* max;  // [n_tokens, n_heads]
+  float* sum;  // [n_tokens, n_heads]
+};
+
+// Absorbed form: queries already multiplied into latent space; keys and values are the rows.
+//   score = (q_latent . latent + q_rope . rope) * scale,  out = sum_rows softmax * latent
+struct AttendAbsorbedParams {
+  const float* q_latent;  // [n_tokens, n_heads, kv_lora_rank]
+  int64_t q_latent_token_stride, q_latent_head_stride;
+  const float* q_rope;  // [n_tokens, n_heads, qk_rope_head_dim], rotated
+  int64_t q_rope_token_stride, q_rope_head_stride;
+  int64_t n_tokens, n_heads;
+  int64_t first_position;
+  float scale;
+  KvRows rows;
+  AttentionState state;
+  bool begin = true, finish = true;
+  float* out;  // [n_tokens, n_heads, kv_lora_rank] dense; holds the running sum until finish
+};
+
+// Expanded form: tiles of rows are expanded to keys and values per head, used, and dropped.
+struct AttendExpandedParams {
+  const float* q;  // [n_tokens, n_heads, qk_nope_head_dim + qk_rope_head_dim], rope part rotated
+  int64_t q_token_stride, q_head_stride;
+  int64_t n_tokens, n_heads;
+  int64_t qk_nope_head_dim, v_head_dim;
+  int64_t first_position;
+  float scale;
+  const Weight* k_b;    // count == n_heads; [kv_lora_rank, nope], or [nope, kv_lora_rank] when k_b_transposed
+  bool k_b_transposed;
+  const Weight* v_b;    // count == n_heads; [v_head_dim, kv_lora_rank]
+  KvRows rows;
+  AttentionState state;
+  bool begin = true, finish = true;
+  float* out;  // [n_tokens, n_heads, v_head_dim] dense
+};
+
+// Chooses experts.  softmax: V2; sigmoid + bias: V3 (DeepSeek-V3 report, section 2.1.2).  Group
+// score: maximum for kGroupLimitedGreedy, sum of the two best for kNoauxTc.  Ties: lower index.
+struct RouteParams {
+  const float* scores;  // [n_tokens, n_experts] router logits
+  const float* bias;    // [n_experts] e_score_correction_bias, or null
+  int64_t n_tokens, n_experts;
+  int64_t num_experts_per_tok, n_group, topk_group;
+  ScoringFunc scoring_func;
+  TopkMethod topk_method;
+  bool norm_topk_prob;
+  float routed_scaling_factor;
+  int32_t* ids;    // [n_tokens, num_experts_per_tok], by descending choice score
+  float* weights;  // [n_tokens, num_experts_per_tok], scaling included
+};
+
+// out (+)= down * (silu(gate * x) . (up * x)).
+struct FfnParams {
+  const float* x;  // [n_tokens, hidden_size]
+  int64_t n_tokens;
+  const Weight *gate, *up, *down;
+  float* out;  // [n_tokens, hidden_size]; must not overlap x
+  bool add;
+};
+
+// out[t] += sum_k weights[t, k] * ffn of expert ids[t, k]; experts summed in ascending id order.
+struct ExpertsParams {
+  const float* x;  // [n_tokens, hidden_size]
+  int64_t n_tokens;
+  const int32_t* ids;    // [n_tokens, num_experts_per_tok]
+  const float* weights;  // [n_tokens, num_experts_per_tok]
+  int64_t num_experts_per_tok;
+  const Weight *gate, *up, *down;  // count == n_routed_experts
+  float* out;  // [n_tokens, hidden_size]
+};
+
+struct MemoryState {
+  int64_t total_bytes = 0;  // of the device; the host: of the machine or its cgroup
+  int64_t free_bytes = 0;   // what could be had now
+};
+
+class Backend {
+ public:
+  virtual ~Backend();
+  virtual DeviceKind kind() const noexcept = 0;
+  virtual std::string_view name() const noexcept = 0;  // "cpu", "cuda:0"
+  // What was chosen and why, for people: instruction set, kernels refused and for what reason.
+  virtual std::string describe() const = 0;
+
+  // ---- memory; counted by the ledger, which is the only caller ----
+  virtual int64_t granularity() const noexcept = 0;  // commits are multiples of it
+  virtual MemoryState memory() const noexcept = 0;
+  virtual int64_t runtime_bytes() const noexcept = 0;  // kept for life: thread stacks, contexts
+  // Addresses only; aligned to granularity().  Errors: kMemory.
+  virtual Result<void*> reserve(int64_t bytes) noexcept = 0;
+  // Backs [offset, offset + bytes) with zeroed memory, all or nothing.  Errors: kMemory.
+  virtual Status commit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
+  // Gives the memory back to the system; the addresses stay reserved.
+  virtual void decommit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
+  virtual void release(void* base, int64_t bytes) noexcept = 0;
+  virtual bool host_accessible() const noexcept = 0;  // device pointers may be read by the host
+  virtual Status upload(void* device, const void* host, int64_t bytes) noexcept = 0;
+  virtual Status download(void* host, const void* device, int64_t bytes) noexcept = 0;
+
+  // ---- weights ----
+  // Sets layout and matrix_bytes of `weight` from its dtype, block_scaled, rows, cols.
+  // Errors: kUnsupported for a type without kernels.
+  virtual Status weight_layout(Weight& weight) const noexcept = 0;
+  // Stores rows [first_row, first_row + n_rows) of matrix `index`, given as in the file (row_bytes
+  // each, dense, host memory).  first_row is a multiple of 16, n_rows too except at the end.
+  // Different rows may be stored from several threads.
+  virtual Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
+                            const void* rows) noexcept = 0;
+  // Block scales of matrix `index`: f32 [ceil(rows/128), ceil(cols/128)], host memory.
+  virtual Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept = 0;
+
+  // ---- workspace: from shapes and flags alone (data pointers may be null); never depends on
+  // rows.n_rows or first_position, so that no peak depends on the context ----
+  virtual int64_t workspace_bytes(const MatmulParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const HeadsMatmulParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const AttendAbsorbedParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const AttendExpandedParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const FfnParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const ExpertsParams&) const noexcept = 0;
+
+  // ---- operations ----
+  virtual void embed(const OpContext&, const EmbedParams&) noexcept = 0;
+  virtual void rms_norm(const OpContext&, const RmsNormParams&) noexcept = 0;
+  virtual void matmul(const OpContext&, const MatmulParams&) noexcept = 0;
+  virtual void heads_matmul(const OpContext&, const HeadsMatmulParams&) noexcept = 0;
+  virtual void rope_table(const OpContext&, const RopeTableParams&) noexcept = 0;
+  virtual void rope(const OpContext&, const RopeParams&) noexcept = 0;
+  virtual void kv_append(const OpContext&, const KvAppendParams&) noexcept = 0;
+  virtual void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept = 0;
+  virtual void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept = 0;
+  virtual void route(const OpContext&, const RouteParams&) noexcept = 0;
+  virtual void ffn(const OpContext&, const FfnParams&) noexcept = 0;
+  virtual void experts(const OpContext&, const ExpertsParams&) noexcept = 0;
+  // Waits for all operations of this context.  Errors: kDevice.
+  virtual Status sync(const OpContext&) noexcept = 0;
+};
+
+// ---- built-in backends ----
+struct CpuOptions {
+  std::string name = "cpu";
+  int threads = 0;          // 0: the processors this process may use
+  std::string isa = "auto"; // "scalar", "avx2", "avx512", "amx"; refused when the machine lacks it
+  Numerics numerics = Numerics::kFast;
+};
+// Starts the thread pool.  Errors: kConfig (unknown isa), kUnsupported (this machine lacks it, and
+// the message says what it lacks), kMemory.
+Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions&);
+
+// Instruction sets compiled in, best first, with whether this machine runs them and why not.
+struct IsaInfo {
+  std::string name;
+  bool available = false;
+  std::string reason;  // empty when available
+};
+std::vector<IsaInfo> cpu_isas();
+
+}  // namespace fathom
