@@ -1,0 +1,75 @@
+// Config: the one configuration.  The same keys in C++ fields, set("key", "value"), JSON and on
+// the command line (--set key=value); one schema (lib/run/config.cc) says for each key its type,
+// unit, default, range and effect on memory, and schema_json() prints it.
+//
+// A setting is a constraint of the plan: it is obeyed or refused with a reason, never changed.
+// Fields of type optional are `auto` when empty: the plan chooses, and says what it chose.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "fathom/backend.hpp"
+#include "fathom/kv_page.hpp"
+#include "fathom/status.hpp"
+
+namespace fathom {
+
+// Form of attention in prefill (decode is always absorbed).
+enum class AttentionForm : uint8_t { kAbsorbed, kExpanded };
+
+struct Config {
+  // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
+  // devices with budgets of their own.
+  std::string devices = "cpu";
+  // budget.<device>: bytes that the ledger lets this device hold; auto: what is free when the
+  // engine is made.  Suffixes K, M, G, T (powers of 1024).  "host" limits the sum of all CPU devices.
+  std::map<std::string, int64_t> budget;
+
+  // context.max: tokens a session may hold.  auto: what fits the budgets, at most what the model
+  // was trained for.  A limit, not an allocation.  [1, 2^31)
+  std::optional<int64_t> context_max;
+  // context.reserve: tokens of cache taken when a session starts.  Default 0.  [0, context.max]
+  int64_t context_reserve = 0;
+
+  // kv.type: f32, bf16, f16, fp8, q8_0, q4_0 for the latent columns.  auto: f32 with numerics
+  // exact, else bf16.  Bytes per token follow it.
+  std::optional<KvType> kv_type;
+  // kv.page_tokens: tokens per page, a power of two in [16, 4096].  auto: 64 or what makes a page
+  // about 2 MiB.
+  std::optional<int64_t> kv_page_tokens;
+
+  // prefill.chunk: tokens per prefill pass; activations and workspace grow with it.  auto: 512, or
+  // less when the budget asks for it.  [1, 8192]
+  std::optional<int64_t> prefill_chunk;
+  // attention.form: absorbed or expanded.  auto: expanded for chunks above the crossover.
+  std::optional<AttentionForm> attention_form;
+
+  int64_t sessions_max = 1;  // sessions.max: sessions the plan makes room for.  [1, 4096]
+  int64_t threads = 0;       // threads: 0 = the processors this process may use.  [0, 1024]
+  std::string isa = "auto";  // isa: auto, scalar, avx2, avx512, amx
+  Numerics numerics = Numerics::kFast;  // numerics: fast, exact
+
+  // Sets one key from text.  Errors: kConfig; the message names the key, the value and the range,
+  // and for an unknown key the nearest known one.  On error nothing changes.
+  Status set(std::string_view key, std::string_view value);
+  // Sets the keys of a JSON object, flat ("kv.type": "q8_0") or nested ({"kv": {"type": ...}}),
+  // all or none.  Errors: kConfig, with the byte offset for malformed text.
+  Status merge_json(std::string_view json);
+  // The value as text that set() takes; "auto" for auto.  Errors: kConfig for an unknown key.
+  Result<std::string> get(std::string_view key) const;
+  // Conflicts between keys (both are named).  Called by Engine::create and plan().
+  Status validate() const;
+
+  std::string to_json() const;  // one flat object, every key
+  // An array of {key, type, unit, default, range, memory, text}.
+  static std::string schema_json();
+};
+
+// "24G", "512M", "1073741824" -> bytes.  Errors: kConfig.
+Result<int64_t> parse_bytes(std::string_view text);
+
+}  // namespace fathom

@@ -1,0 +1,93 @@
+// Engine: devices, the ledger with its budgets, threads and host hooks.  Everything else lives on
+// one.  There is no global state: two engines in one process know nothing of each other.
+//
+// Lifetime: an Engine is a handle; models and sessions hold the engine they live on, so handles may
+// be dropped in any order.  Any thread may use an engine at any time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "fathom/config.hpp"
+#include "fathom/memory.hpp"
+#include "fathom/plan.hpp"
+#include "fathom/status.hpp"
+
+namespace fathom {
+
+namespace run {
+class EngineState;
+}
+
+enum class LogLevel : uint8_t { kError, kWarn, kInfo, kDebug };
+using LogFunction = std::function<void(LogLevel, std::string_view text)>;
+
+// What the host may hook.  Called only on the thread that made the call.
+struct HostHooks {
+  LogFunction log;         // none: silent; the library never prints
+  MemoryObserver memory;   // none: every change within the budgets is allowed
+};
+
+// A flag that a long call watches.  request() may be called from any thread or a signal handler.
+class CancelToken {
+ public:
+  void request() noexcept { requested_.store(true, std::memory_order_relaxed); }
+  void reset() noexcept { requested_.store(false, std::memory_order_relaxed); }
+  bool requested() const noexcept { return requested_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> requested_{false};
+};
+
+enum class ProgressPhase : uint8_t { kLoad, kPrefill, kGenerate };
+// done and total in bytes (load) or tokens.  Returning false stops the call with kCancelled.
+using ProgressFunction = std::function<bool(ProgressPhase phase, int64_t done, int64_t total)>;
+
+// Taken by every long call.
+struct RunOptions {
+  ProgressFunction progress;
+  const CancelToken* cancel = nullptr;  // must outlive the call
+  int64_t deadline_ms = 0;              // 0: none; else the call stops with kCancelled after it
+  int64_t chunk = 0;                    // prefill: tokens per pass; 0: the plan's; at most the plan's
+  // prefill: called for every position in order with its logits [vocab_size]; the view is valid
+  // during the call.  None: only the last position's logits are computed.  Returning false stops
+  // with kCallback.
+  std::function<bool(int64_t position, std::span<const float> logits)> on_logits;
+};
+
+class Engine {
+ public:
+  // Makes the devices that config.devices names.  Errors: kConfig, kUnsupported, kMemory.
+  static Result<Engine> create(const Config& config = {}, const HostHooks& hooks = {});
+
+  const Config& config() const noexcept;
+  // Devices in the order of config.devices.
+  int n_devices() const noexcept;
+  const Backend& device(int index) const noexcept;  // 0 <= index < n_devices()
+
+  // Plans a model file from its header for `config` (default: the engine's).  Reads no weights.
+  // A plan that does not fit is a value with feasible == false.  Errors: as TensorFile::open,
+  // kConfig for settings that cannot be met by any budget (both keys named).
+  Result<Plan> plan(const std::string& model_path) const;
+  Result<Plan> plan(const std::string& model_path, const Config& config) const;
+
+  MemorySnapshot memory() const;
+  // Peaks restart from what is held now.
+  void reset_peaks() noexcept;
+  // Changes a device's budget from now on.  Below what is held: nothing is taken away, further
+  // growth is refused.  Errors: kInvalidArgument.
+  Status set_budget(int device, int64_t bytes);
+
+  explicit Engine(std::shared_ptr<run::EngineState>) noexcept;
+  const std::shared_ptr<run::EngineState>& state() const noexcept { return state_; }
+
+ private:
+  std::shared_ptr<run::EngineState> state_;  // shared with models and sessions
+};
+
+}  // namespace fathom

@@ -1,0 +1,72 @@
+// Memory as a host sees it: purposes, snapshots of the ledger, and events.
+//
+// The ledger is the one door to memory: every block above 64 KiB that the library takes (weights,
+// cache pages, scratch, staging, tokenizer tables, thread stacks) has a device and a purpose and is
+// refused before the system is asked when a budget would be exceeded.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace fathom {
+
+// Same numbers as FATHOM_CAT_* in capi/fathom.h.
+enum class Purpose : uint8_t {
+  kWeights,      // attention, norms, dense and shared feed-forward, embeddings, output head
+  kExperts,      // routed experts
+  kKv,           // cache pages
+  kActivations,  // named buffers of the forward pass, logits
+  kWorkspace,    // scratch inside operations, oneDNN and cuBLAS workspaces
+  kStaging,      // file and transfer buffers while loading or streaming
+  kTokenizer,    // vocabulary and merge tables
+  kRuntime,      // thread stacks, device contexts, token history
+};
+inline constexpr int kPurposeCount = 8;
+
+constexpr std::string_view purpose_name(Purpose purpose) noexcept {
+  constexpr std::string_view kNames[] = {"weights",   "experts", "kv",        "activations",
+                                         "workspace", "staging", "tokenizer", "runtime"};
+  return kNames[static_cast<int>(purpose)];
+}
+
+struct MemoryItem {
+  int device = 0;
+  Purpose purpose = Purpose::kWeights;
+  int64_t bytes_now = 0;
+  int64_t bytes_peak = 0;     // since the engine was made or reset_peaks()
+  int64_t bytes_planned = 0;  // what the plan in force says at most; 0 without a plan
+};
+
+struct DeviceMemory {
+  std::string name;
+  int64_t budget_bytes = 0;
+  int64_t bytes_now = 0, bytes_peak = 0, bytes_planned = 0;  // over all purposes
+};
+
+// A consistent picture of the ledger at one moment.
+struct MemorySnapshot {
+  std::vector<DeviceMemory> devices;
+  std::vector<MemoryItem> items;  // devices x purposes, device-major, all purposes present
+  const MemoryItem& item(int device, Purpose purpose) const {
+    return items[static_cast<size_t>(device * kPurposeCount + static_cast<int>(purpose))];
+  }
+};
+
+// Something the library decided at run time that a user should be able to see.
+struct Event {
+  std::string kind;       // "chunk_lowered", "spilled", ...; stable names
+  std::string text;       // for people
+  int64_t position = 0;   // tokens in the session when it happened
+  int64_t bytes = 0;      // memory freed or moved
+};
+
+// Sees every change before it is made; `delta` is positive for growth, `total` the device's bytes
+// after it.  Returning false refuses a growth (kCallback); for a release the answer is ignored.
+// Called under the ledger's lock on the thread that asks: be quick, do not call the library.
+using MemoryObserver =
+    std::function<bool(int device, Purpose purpose, int64_t delta, int64_t total)>;
+
+}  // namespace fathom

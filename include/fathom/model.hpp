@@ -1,0 +1,54 @@
+// Model: loaded weights and tokenizer.  Never changes after load; threads share it freely.
+//
+//   Result<Model> model = Model::load("model.gguf");            // with an engine of its own
+//   Result<Model> model = Model::load(engine, plan, {.progress = bar});
+//
+// A handle: copies share the weights; sessions keep them alive.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fathom/engine.hpp"
+#include "fathom/model_config.hpp"
+#include "fathom/plan.hpp"
+#include "fathom/tokenizer.hpp"
+
+namespace fathom {
+
+namespace run {
+class ModelState;
+}
+
+class Model {
+ public:
+  // Plans and loads with an engine made for `config`.  `path`: a .gguf (the first of a split), a
+  // .safetensors folder.  Errors: as below, and kBudget with the remedies when the plan is not
+  // feasible.
+  static Result<Model> load(const std::string& path, const Config& config = {});
+  // Loads what was planned.  Errors: kBudget / kMemory (nothing is held), kMismatch (the file is
+  // not the one planned), kFormat, kIo, kCancelled.
+  static Result<Model> load(const Engine& engine, const Plan& plan, const RunOptions& options = {});
+
+  const ModelConfig& config() const noexcept;
+  const Plan& plan() const noexcept;
+  const Engine& engine() const noexcept;
+  // Null when the file has no tokenizer: sessions still take token ids.
+  const Tokenizer* tokenizer() const noexcept;
+  // One line each: layout found, values taken from published models, layers skipped, types.
+  const std::vector<std::string>& load_report() const noexcept;
+  // All scalar metadata of the file as text.
+  const std::vector<std::pair<std::string, std::string>>& metadata() const noexcept;
+  int64_t n_params() const noexcept;         // all weights
+  int64_t n_params_active() const noexcept;  // those a token passes through
+  int64_t weight_bytes() const noexcept;     // held, all devices
+
+  explicit Model(std::shared_ptr<run::ModelState>) noexcept;
+  const std::shared_ptr<run::ModelState>& state() const noexcept { return state_; }
+
+ private:
+  std::shared_ptr<run::ModelState> state_;  // shared with sessions
+};
+
+}  // namespace fathom

@@ -1,0 +1,102 @@
+// Plan: what a model will need, before a weight is read, from the file's header alone - bytes per
+// device, purpose and phase.  The same layout functions that allocate compute it, so at run time
+// the ledger's bytes equal the plan's bytes, to the byte.
+//
+//   auto plan = engine.plan("model.gguf");
+//   if (!plan->feasible) for (auto& a : plan->alternatives) print(a.text);
+//   auto model = Model::load(engine, *plan);
+//
+// A value: copyable, printable, comparable through to_json().  Infeasible is not an error.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fathom/config.hpp"
+#include "fathom/memory.hpp"
+#include "fathom/model_config.hpp"
+
+namespace fathom {
+
+enum class Phase : uint8_t { kLoad, kPrefill, kDecode };
+inline constexpr int kPhaseCount = 3;
+constexpr std::string_view phase_name(Phase phase) noexcept {
+  constexpr std::string_view kNames[] = {"load", "prefill", "decode"};
+  return kNames[static_cast<int>(phase)];
+}
+
+struct PlanDevice {
+  std::string name;
+  DeviceKind kind = DeviceKind::kCpu;
+  int64_t budget_bytes = 0;
+  int64_t granularity = 1;   // commits are multiples of it
+  int64_t first_layer = 0, n_layers = 0;  // the contiguous layers that live here
+  int64_t kv_page_bytes = 0;              // committed per page of one session
+  int64_t token_history_bytes = 0;        // runtime bytes of one session's token ids at max_context
+  // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
+  std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
+
+  int64_t total(Phase phase) const noexcept {
+    int64_t sum = 0;
+    for (int64_t b : bytes[static_cast<size_t>(phase)]) sum += b;
+    return sum;
+  }
+  int64_t peak_bytes() const noexcept {
+    int64_t peak = 0;
+    for (int p = 0; p < kPhaseCount; ++p) peak = std::max(peak, total(static_cast<Phase>(p)));
+    return peak;
+  }
+  int64_t planned(Purpose purpose) const noexcept {  // the most over the phases
+    int64_t most = 0;
+    for (const auto& phase : bytes) most = std::max(most, phase[static_cast<size_t>(purpose)]);
+    return most;
+  }
+};
+
+// A change of configuration that makes an infeasible plan feasible, verified by planning it.
+struct PlanAlternative {
+  std::vector<std::pair<std::string, std::string>> changes;  // config keys and values
+  std::string text;        // "prefill.chunk=128: 22.1 of 24.0 GiB, 16,384 tokens"
+  int64_t max_context = 0;
+};
+
+struct Plan {
+  std::string model_path;
+  uint64_t fingerprint_lo = 0, fingerprint_hi = 0;  // of the file that was planned
+  ModelConfig model;
+  Config config;  // as asked for
+
+  // Chosen, where the configuration said auto.
+  int64_t max_context = 0;      // tokens per session
+  int64_t prefill_chunk = 0;    // tokens
+  AttentionForm attention_form = AttentionForm::kExpanded;  // for full chunks
+  KvType kv_type = KvType::kBF16;
+  int64_t kv_page_tokens = 0;
+  int64_t kv_bytes_per_token = 0;  // all layers, without page rounding
+
+  bool feasible = false;
+  int64_t max_context_feasible = 0;  // longest context that fits, all else kept; 0: none
+  // When infeasible: where the budget binds.
+  int binding_device = -1;
+  Purpose binding_purpose = Purpose::kKv;
+  int64_t bytes_short = 0;
+  std::vector<PlanAlternative> alternatives;
+
+  std::vector<PlanDevice> devices;
+  std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
+
+  // Cache bytes of one session with `n_tokens` tokens on a device: whole pages.
+  int64_t kv_bytes(int device, int64_t n_tokens) const noexcept {
+    const int64_t pages = (n_tokens + kv_page_tokens - 1) / kv_page_tokens;
+    return pages * devices[static_cast<size_t>(device)].kv_page_bytes;
+  }
+  std::string to_json() const;
+  // A table for people: device, purpose, phases, GiB; then what binds and the alternatives.
+  std::string describe() const;
+};
+
+}  // namespace fathom
