@@ -1,0 +1,23 @@
+// What every operation of the CPU backend is given beside its parameters: the threads it may use
+// and the kernels that were chosen when the backend was made.
+#pragma once
+
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+#include "fathom/backend.hpp"
+
+namespace fathom::cpu {
+
+struct MatmulKernels;  // cpu/matmul_kernels.h: products with stored weights
+struct RowKernels;     // cpu/rows_kernels.h: norm, RoPE, rows of the cache, attention tiles
+
+// Constant for the backend's life.
+struct CpuContext {
+  ThreadPool* threads = nullptr;
+  Isa isa = Isa::kScalar;
+  Numerics numerics = Numerics::kFast;
+  const MatmulKernels* matmul = nullptr;
+  const RowKernels* rows = nullptr;
+};
+
+}  // namespace fathom::cpu
