@@ -87,9 +87,10 @@ class Session {
   Status prefill(std::span<const int32_t> tokens, const RunOptions& options = {});
   // Appends one token.  Same errors; all or nothing.
   Status step(int32_t token);
-  // Samples from logits() until a stop, appending each token but the last one sampled (whose
-  // row is not needed yet: it is appended by the next call).  Needs logits (kState before any
-  // prefill).  Ends of the context or of a budget are reasons, not errors.
+  // Samples from logits() and appends, until a stop; afterwards the session is as if the prompt
+  // and all of result.tokens had been prefilled, so that calling again goes on seamlessly.  Needs
+  // logits (kState before any prefill).  The end of the context or of a budget is a reason, not an
+  // error, and is met before a token is sampled that could not be appended.
   Result<GenerateResult> generate(const GenerateOptions& options, const TokenFunction& on_token = {});
 
   // Logits of the last token [vocab_size]; empty before the first prefill and after truncate.
