@@ -1,0 +1,131 @@
+// Multi-head latent attention (DeepSeek-V2 report, section 2.1) over the paged latent cache.
+#include <algorithm>
+#include <limits>
+
+#include "layers.h"
+
+namespace fathom::nn {
+namespace {
+
+// b.q -> b.attn, queries taken into latent space: score = (W_k q) . c, value = W_v (p . c).
+// Equal to the expanded form because W_k and W_v are linear and shared by all rows.
+void attend_absorbed(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+  const ModelConfig& c = s.config;
+  const Scratch& b = s.scratch;
+  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
+  const int64_t q_token = heads * c.qk_head_dim(), v_token = heads * c.v_head_dim;
+  for (int64_t t = 0; t < s.n_tokens; t += kAbsorbedRows) {
+    const int64_t n = std::min(kAbsorbedRows, s.n_tokens - t);
+    float* q = b.q + t * q_token;
+    s.device.heads_matmul(s.op, {.x = q,
+                                 .x_token_stride = q_token,
+                                 .x_head_stride = c.qk_head_dim(),
+                                 .n_tokens = n,
+                                 .w = &w.k_b,
+                                 .transposed = w.k_b_transposed,
+                                 .out = b.q_absorbed,  // [n, n_heads, kv_lora_rank]
+                                 .out_token_stride = heads * rank,
+                                 .out_head_stride = rank});
+    KvRows seen = rows;  // rows beyond the block's last query would be masked anyway
+    seen.n_rows = s.first_position + t + n;
+    s.device.attend_absorbed(s.op, {.q_latent = b.q_absorbed,
+                                    .q_latent_token_stride = heads * rank,
+                                    .q_latent_head_stride = rank,
+                                    .q_rope = q + c.qk_nope_head_dim,
+                                    .q_rope_token_stride = q_token,
+                                    .q_rope_head_stride = c.qk_head_dim(),
+                                    .n_tokens = n,
+                                    .n_heads = heads,
+                                    .first_position = s.first_position + t,
+                                    .scale = static_cast<float>(s.rope.softmax_scale),
+                                    .rows = seen,
+                                    .state = b.attn_state,
+                                    .out = b.attn_absorbed});
+    s.device.heads_matmul(s.op, {.x = b.attn_absorbed,
+                                 .x_token_stride = heads * rank,
+                                 .x_head_stride = rank,
+                                 .n_tokens = n,
+                                 .w = &w.v_b,
+                                 .transposed = false,
+                                 .out = b.attn + t * v_token,  // [n, n_heads, v_head_dim]
+                                 .out_token_stride = v_token,
+                                 .out_head_stride = c.v_head_dim});
+  }
+}
+
+// b.q -> b.attn, keys and values expanded tile by tile inside the operation.
+void attend_expanded(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+  const ModelConfig& c = s.config;
+  const Scratch& b = s.scratch;
+  s.device.attend_expanded(s.op, {.q = b.q,
+                                  .q_token_stride = c.num_attention_heads * c.qk_head_dim(),
+                                  .q_head_stride = c.qk_head_dim(),
+                                  .n_tokens = s.n_tokens,
+                                  .n_heads = c.num_attention_heads,
+                                  .qk_nope_head_dim = c.qk_nope_head_dim,
+                                  .v_head_dim = c.v_head_dim,
+                                  .first_position = s.first_position,
+                                  .scale = static_cast<float>(s.rope.softmax_scale),
+                                  .k_b = &w.k_b,
+                                  .k_b_transposed = w.k_b_transposed,
+                                  .v_b = &w.v_b,
+                                  .rows = rows,
+                                  .state = b.attn_state,
+                                  .out = b.attn});
+}
+
+}  // namespace
+
+int64_t expanded_crossover_rows(const ModelConfig& c) noexcept {
+  const int64_t absorbed = 2 * c.kv_lora_rank + c.qk_rope_head_dim;
+  const int64_t expanded = c.qk_head_dim() + c.v_head_dim;
+  if (absorbed <= expanded) return std::numeric_limits<int64_t>::max();
+  const int64_t up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim);
+  return (up + absorbed - expanded - 1) / (absorbed - expanded);
+}
+
+void mla_attention(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+  const ModelConfig& c = s.config;
+  const Scratch& b = s.scratch;
+  const int64_t n = s.n_tokens, hidden = c.hidden_size;
+  const int64_t q_token = c.num_attention_heads * c.qk_head_dim();
+  const float eps = static_cast<float>(c.rms_norm_eps);
+  constexpr float kLatentEps = 1e-6f;  // q_a_layernorm and kv_a_layernorm, whatever rms_norm_eps
+
+  s.device.rms_norm(s.op, {b.x, hidden, w.attn_norm, eps, n, hidden, b.x_norm, hidden});
+  if (c.q_lora_rank > 0) {
+    const int64_t rank = c.q_lora_rank;
+    s.device.matmul(s.op, {b.x_norm, hidden, n, &w.q_a, b.q_latent, rank});
+    s.device.rms_norm(s.op, {b.q_latent, rank, w.q_a_norm, kLatentEps, n, rank, b.q_latent, rank});
+    s.device.matmul(s.op, {b.q_latent, rank, n, &w.q_b, b.q, q_token});
+  } else {
+    s.device.matmul(s.op, {b.x_norm, hidden, n, &w.q, b.q, q_token});
+  }
+  s.device.rope(s.op, {.x = b.q + c.qk_nope_head_dim,
+                       .token_stride = q_token,
+                       .head_stride = c.qk_head_dim(),
+                       .n_tokens = n,
+                       .n_heads = c.num_attention_heads,
+                       .rope_dim = c.qk_rope_head_dim,
+                       .cos_sin = b.cos_sin});
+
+  s.device.matmul(s.op, {b.x_norm, hidden, n, &w.kv_a, b.kv, c.kv_row_dim()});
+  KvRows fresh = rows;
+  fresh.first_row = s.first_position;
+  fresh.n_rows = n;
+  s.device.kv_append(s.op, {.kv = b.kv,
+                            .kv_stride = c.kv_row_dim(),
+                            .norm_weight = w.kv_a_norm,
+                            .eps = kLatentEps,
+                            .cos_sin = b.cos_sin,
+                            .rows = fresh});
+
+  if (s.form == AttentionForm::kExpanded)
+    attend_expanded(s, w, rows);
+  else
+    attend_absorbed(s, w, rows);
+  const int64_t v_token = c.num_attention_heads * c.v_head_dim;
+  s.device.matmul(s.op, {b.attn, v_token, n, &w.o, b.x, hidden, /*add=*/true});
+}
+
+}  // namespace fathom::nn

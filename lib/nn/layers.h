@@ -1,0 +1,73 @@
+// The layer functions and the buffers they share.  forward.cc strings them together.
+#pragma once
+
+#include <cstdint>
+
+#include "../io/arena.h"
+#include "fathom/backend.hpp"
+#include "fathom/config.hpp"
+#include "fathom/model_config.hpp"
+#include "rope.h"
+#include "weights.h"
+
+namespace fathom::nn {
+
+// Rows of queries that the absorbed form takes at a time: its latent queries are 576 columns per
+// head, so longer blocks would cost more scratch than they save time.
+inline constexpr int64_t kAbsorbedRows = 32;
+// Rows of logits computed at a time when all positions are wanted.
+inline constexpr int64_t kLogitRows = 8;
+
+// Buffers of one pass over n_tokens rows on one device.  All f32 but the ids.  Nothing here has a
+// factor of the context length.
+struct Scratch {
+  float* logits;   // [min(n_tokens, kLogitRows), vocab_size]; first: outlives the pass
+  float* x;        // [n_tokens, hidden_size] residual stream
+  float* x_norm;   // [n_tokens, hidden_size]
+  float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
+
+  // Attention.
+  float* q_latent;  // [n_tokens, q_lora_rank]
+  float* q;         // [n_tokens, n_heads, qk_head_dim]
+  float* kv;        // [n_tokens, kv_lora_rank + qk_rope_head_dim]
+  float* attn;      // [n_tokens, n_heads, v_head_dim]
+  AttentionState attn_state;  // [n_tokens, n_heads] each
+  float* q_absorbed;     // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
+  float* attn_absorbed;  // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
+
+  // Feed-forward; shares its bytes with the attention buffers.
+  float* scores;          // [n_tokens, n_routed_experts]
+  int32_t* expert_ids;    // [n_tokens, num_experts_per_tok]
+  float* expert_weights;  // [n_tokens, num_experts_per_tok]
+
+  static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens);
+};
+
+// One pass over n_tokens rows on one device: everything a layer needs to know.
+struct Step {
+  Backend& device;
+  OpContext op;
+  const ModelConfig& config;
+  const Rope& rope;
+  const Scratch& scratch;
+  int64_t n_tokens;
+  int64_t first_position;
+  AttentionForm form;
+};
+
+// Chunks of at least this many rows are cheaper in expanded form: expanding a row costs
+// kv_lora_rank * (nope + v) once per chunk and head, and saves (2 kv_lora_rank + rope) -
+// (nope + rope + v) per query and head.  max int64 where absorbed is always cheaper.
+int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
+
+// x += W_o attention(norm(x)).  Writes this pass's rows into `rows` (first_row == 0, n_rows ==
+// first_position + n_tokens) and attends over all of them.
+void mla_attention(const Step& step, const LayerWeights& weights, const KvRows& rows) noexcept;
+
+// x += ffn(norm(x)): dense, or routed and shared experts.
+void feed_forward(const Step& step, const LayerWeights& weights, bool moe) noexcept;
+
+// scratch.logits[i, :] = head . norm(x[first_row + i, :]) for n_rows <= kLogitRows rows.
+void logits(const Step& step, const Weights& weights, int64_t first_row, int64_t n_rows) noexcept;
+
+}  // namespace fathom::nn
