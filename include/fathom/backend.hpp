@@ -249,8 +249,9 @@ class Backend {
   // Block scales of matrix `index`: f32 [ceil(rows/128), ceil(cols/128)], host memory.
   virtual Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept = 0;
 
-  // ---- workspace: from shapes and flags alone (data pointers may be null); never depends on
-  // rows.n_rows or first_position, so that no peak depends on the context ----
+  // ---- workspace: from shapes and flags alone (data pointers are not followed); never falls when
+  // n_rows or n_tokens grows, so that the longest pass decides, and never depends on rows.n_rows or
+  // first_position, so that no peak depends on the context ----
   virtual int64_t workspace_bytes(const MatmulParams&) const noexcept = 0;
   virtual int64_t workspace_bytes(const HeadsMatmulParams&) const noexcept = 0;
   virtual int64_t workspace_bytes(const AttendAbsorbedParams&) const noexcept = 0;

@@ -1,0 +1,99 @@
+// A backend that runs nothing and remembers the largest workspace it was asked for.  Passing it
+// through the real layer functions measures what they need; there is no second formula.
+#include <algorithm>
+
+#include "forward.h"
+
+namespace fathom::nn {
+namespace {
+
+class MeasuringBackend final : public Backend {
+ public:
+  explicit MeasuringBackend(const Backend& real) : real_(real) {}
+  int64_t most() const noexcept { return most_; }
+
+  DeviceKind kind() const noexcept override { return real_.kind(); }
+  std::string_view name() const noexcept override { return real_.name(); }
+  std::string describe() const override { return real_.describe(); }
+  int64_t granularity() const noexcept override { return real_.granularity(); }
+  MemoryState memory() const noexcept override { return real_.memory(); }
+  int64_t runtime_bytes() const noexcept override { return 0; }
+  bool host_accessible() const noexcept override { return true; }
+  // It owns no memory and stores nothing.
+  Result<void*> reserve(int64_t) noexcept override { return refusal(); }
+  Status commit(void*, int64_t, int64_t) noexcept override { return refusal(); }
+  void decommit(void*, int64_t, int64_t) noexcept override {}
+  void release(void*, int64_t) noexcept override {}
+  Status upload(void*, const void*, int64_t) noexcept override { return {}; }
+  Status download(void*, const void*, int64_t) noexcept override { return {}; }
+  Status weight_layout(Weight&) const noexcept override { return refusal(); }
+  Status store_rows(const Weight&, int64_t, int64_t, int64_t, const void*) noexcept override {
+    return refusal();
+  }
+  Status store_scales(const Weight&, int64_t, const float*) noexcept override { return refusal(); }
+
+  int64_t workspace_bytes(const MatmulParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const HeadsMatmulParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const AttendAbsorbedParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const AttendExpandedParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const FfnParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const ExpertsParams& p) const noexcept override { return need(p); }
+
+  void embed(const OpContext&, const EmbedParams&) noexcept override {}
+  void rms_norm(const OpContext&, const RmsNormParams&) noexcept override {}
+  void matmul(const OpContext&, const MatmulParams& p) noexcept override { see(p); }
+  void heads_matmul(const OpContext&, const HeadsMatmulParams& p) noexcept override { see(p); }
+  void rope_table(const OpContext&, const RopeTableParams&) noexcept override {}
+  void rope(const OpContext&, const RopeParams&) noexcept override {}
+  void kv_append(const OpContext&, const KvAppendParams&) noexcept override {}
+  void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override { see(p); }
+  void attend_expanded(const OpContext&, const AttendExpandedParams& p) noexcept override { see(p); }
+  void route(const OpContext&, const RouteParams&) noexcept override {}
+  void ffn(const OpContext&, const FfnParams& p) noexcept override { see(p); }
+  void experts(const OpContext&, const ExpertsParams& p) noexcept override { see(p); }
+  Status sync(const OpContext&) noexcept override { return {}; }
+
+ private:
+  static Status refusal() noexcept {
+    return Status(Code::kInternal, "a measuring backend holds nothing");
+  }
+  template <class Params>
+  int64_t need(const Params& p) const noexcept { return real_.workspace_bytes(p); }
+  template <class Params>
+  void see(const Params& p) noexcept { most_ = std::max(most_, need(p)); }
+
+  const Backend& real_;
+  int64_t most_ = 0;
+};
+
+}  // namespace
+
+int64_t measure_workspace(const Backend& device, const ModelConfig& config, const Weights& weights,
+                          int64_t first_layer, int64_t n_layers, int64_t max_tokens,
+                          KvType kv_type, int64_t page_tokens) {
+  MeasuringBackend measuring(device);
+  const Rope rope = make_rope(config);
+  KvPage page{nullptr, kv_type};
+  const KvRows rows{&page, {page_tokens, config.kv_lora_rank, config.qk_rope_head_dim}, 0, 0, 0};
+
+  // Workspaces grow with the rows of a pass, so the longest pass of each form decides; the
+  // smallest is asked too, since few rows may take other kernels.
+  const auto pass = [&](int64_t n, AttentionForm form) {
+    // Addresses are never followed; a made-up base keeps pointer arithmetic defined.
+    Arena arena(reinterpret_cast<void*>(uintptr_t{Arena::kAlignment}), INT64_MAX);
+    const Scratch scratch = Scratch::carve(arena, config, n);
+    const Step step{measuring, {}, config, rope, scratch, n, 0, form};
+    for (int64_t l = first_layer; l < first_layer + n_layers; ++l) {
+      const LayerWeights& w = weights.layers[static_cast<size_t>(l)];
+      mla_attention(step, w, rows);
+      feed_forward(step, w, config.is_moe_layer(l));
+    }
+    logits(step, weights, 0, std::min(n, kLogitRows));
+    logits(step, weights, 0, 1);
+  };
+  for (AttentionForm form : {AttentionForm::kAbsorbed, AttentionForm::kExpanded})
+    for (int64_t n : {max_tokens, int64_t{1}}) pass(n, form);
+  return measuring.most();
+}
+
+}  // namespace fathom::nn
