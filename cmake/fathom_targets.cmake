@@ -42,8 +42,7 @@ function(fathom_object_library name folder)
   fathom_compile(fathom_${name})
   target_include_directories(fathom_${name} PRIVATE
     "${PROJECT_SOURCE_DIR}/include" "${PROJECT_SOURCE_DIR}")
-  target_compile_definitions(fathom_${name} PRIVATE
-    FATHOM_BUILD FATHOM_VERSION="${PROJECT_VERSION}")
+  target_compile_definitions(fathom_${name} PRIVATE FATHOM_BUILD)
   target_link_libraries(fathom_${name} PRIVATE ${arg_LINK} Threads::Threads)
   set_property(GLOBAL APPEND PROPERTY fathom_objects $<TARGET_OBJECTS:fathom_${name}>)
 endfunction()
