@@ -6,6 +6,10 @@ function(fathom_sanitize target)
   if(FATHOM_SANITIZE)
     list(APPEND flags "-fsanitize=${FATHOM_SANITIZE}" -fno-sanitize-recover=all
          -fno-omit-frame-pointer -g1)
+    # GCC takes the instrumentation itself for uses of uninitialised variables.
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      list(APPEND flags -Wno-maybe-uninitialized)
+    endif()
   endif()
   if(FATHOM_FUZZ)
     list(APPEND flags -fsanitize=fuzzer-no-link)
