@@ -36,7 +36,7 @@ struct PlanDevice {
   int64_t granularity = 1;   // commits are multiples of it
   int64_t first_layer = 0, n_layers = 0;  // the contiguous layers that live here
   int64_t kv_page_bytes = 0;              // committed per page of one session
-  int64_t token_history_bytes = 0;        // runtime bytes of one session's token ids at max_context
+  int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
   // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
   std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
 

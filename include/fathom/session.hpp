@@ -34,6 +34,7 @@ struct SessionOptions {
 struct GenerateOptions {
   int64_t max_new_tokens = -1;  // -1: until a stop
   SamplingOptions sampling;
+  Sampler* sampler = nullptr;  // used instead of `sampling` when set; its state goes on over calls
   bool stop_at_eos = true;
   std::vector<int32_t> stop_tokens;
   // Text at which to stop; it is not handed out, not even in part.  UTF-8.
@@ -52,7 +53,8 @@ constexpr std::string_view stop_reason_name(StopReason reason) noexcept {
 }
 
 struct GeneratedToken {
-  int32_t id;
+  int32_t id;             // the last call of a generation may repeat the last id, to hand out text
+                          // that was held back as the possible beginning of a stop string
   std::string_view text;  // UTF-8 that became complete with this token; may be empty
   int64_t position;       // of the token in the session
 };

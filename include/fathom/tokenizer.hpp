@@ -26,9 +26,17 @@ struct EncodeOptions {
 
 enum class ChatFormat : uint8_t { kNone, kDeepSeekV2, kDeepSeekV3, kDeepSeekR1 };
 
+// A call that an assistant's message makes (V3 and R1).
+struct ChatToolCall {
+  std::string type;       // "function"
+  std::string name;
+  std::string arguments;  // JSON text
+};
+
 struct ChatMessage {
-  std::string role;     // "system", "user", "assistant"
+  std::string role;     // "system", "user", "assistant"; V3 and R1 also "tool": a call's result
   std::string content;  // UTF-8
+  std::vector<ChatToolCall> tool_calls = {};  // of an assistant, V3 and R1 only
 };
 
 class Tokenizer {
@@ -62,7 +70,7 @@ class Tokenizer {
   ChatFormat chat_format() const noexcept;
   // The prompt text of a conversation, bos included, as the published template renders it.
   // `format` kNone means chat_format().  Errors: kUnsupported when that is kNone too,
-  // kInvalidArgument for an unknown role, naming it.
+  // kInvalidArgument for a role, or a message with tool calls, that the format does not know.
   Result<std::string> render_chat(std::span<const ChatMessage> messages, bool add_generation_prompt,
                                   ChatFormat format = ChatFormat::kNone) const;
 

@@ -1,0 +1,130 @@
+// Engine: makes the devices that the configuration names, and their ledger.
+#include "fathom/engine.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <set>
+
+#include "engine_state.h"
+#include "planner.h"
+
+namespace fathom {
+namespace {
+
+std::vector<std::string> split_names(std::string_view list) {
+  std::vector<std::string> names;
+  while (!list.empty()) {
+    const size_t comma = list.find(',');
+    std::string_view name = list.substr(0, comma);
+    while (!name.empty() && name.front() == ' ') name.remove_prefix(1);
+    while (!name.empty() && name.back() == ' ') name.remove_suffix(1);
+    names.emplace_back(name);
+    list = comma == std::string_view::npos ? "" : list.substr(comma + 1);
+  }
+  return names;
+}
+
+// "cpu" or "cpu:N".
+bool is_cpu_name(std::string_view name) {
+  if (name == "cpu") return true;
+  if (name.substr(0, 4) != "cpu:" || name.size() == 4) return false;
+  return std::all_of(name.begin() + 4, name.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
+  FATHOM_TRY(config.validate());
+  const std::vector<std::string> names = split_names(config.devices);
+  if (names.empty())
+    return Status(Code::kConfig, "devices: no device is named; the default is \"cpu\"").about("devices");
+  std::set<std::string> seen;
+  for (const std::string& name : names) {
+    if (!is_cpu_name(name))
+      return Status(Code::kUnsupported,
+                    fmt::format("devices: \"{}\" is not a device of this build (cpu, cpu:N)", name))
+          .about("devices");
+    if (!seen.insert(name).second)
+      return Status(Code::kConfig, fmt::format("devices: \"{}\" is named twice", name)).about("devices");
+  }
+  for (const auto& [name, bytes] : config.budget)
+    if (name != "host" && !seen.count(name))
+      return Status(Code::kConfig, fmt::format("budget.{}: devices ({}) has no device of this name",
+                                               name, config.devices))
+          .about("budget." + name);
+
+  std::vector<std::unique_ptr<Backend>> devices;
+  for (const std::string& name : names) {
+    CpuOptions options;
+    options.name = name;
+    options.threads = static_cast<int>(config.threads);
+    options.isa = config.isa;
+    options.numerics = config.numerics;
+    FATHOM_TRY_ASSIGN(auto backend, make_cpu_backend(options));
+    devices.push_back(std::move(backend));
+  }
+
+  // Budgets: as asked for, else what is free now.
+  const auto budget_of = [&](const std::string& name, int64_t otherwise) {
+    const auto it = config.budget.find(name);
+    return it == config.budget.end() ? otherwise : it->second;
+  };
+  const int64_t host_budget = budget_of("host", devices.front()->memory().free_bytes);
+  std::vector<run::LedgerDevice> accounts;
+  for (size_t i = 0; i < names.size(); ++i)
+    accounts.push_back({names[i], budget_of(names[i], host_budget), /*is_host=*/true});
+  // A budget asked for by device is not cut by what happens to be free.
+  int64_t asked = 0;
+  for (const run::LedgerDevice& account : accounts)
+    if (config.budget.count(account.name)) asked += account.budget_bytes;
+  const int64_t host_limit =
+      config.budget.count("host") ? host_budget : std::max(host_budget, asked);
+
+  auto state = std::make_shared<run::EngineState>(config, hooks, std::move(devices),
+                                                  std::move(accounts), host_limit);
+  for (int d = 0; d < static_cast<int>(names.size()); ++d) {
+    const int64_t runtime = state->devices[static_cast<size_t>(d)]->runtime_bytes();
+    FATHOM_TRY(state->ledger.acquire(d, Purpose::kRuntime, runtime));
+    state->log(LogLevel::kInfo, state->devices[static_cast<size_t>(d)]->describe());
+  }
+  return Engine(std::move(state));
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<run::EngineState> state) noexcept : state_(std::move(state)) {}
+
+Result<Engine> Engine::create(const Config& config, const HostHooks& hooks) {
+  return run::guarded([&] { return create_engine(config, hooks); });
+}
+
+const Config& Engine::config() const noexcept { return state_->config; }
+int Engine::n_devices() const noexcept { return static_cast<int>(state_->devices.size()); }
+const Backend& Engine::device(int index) const noexcept {
+  return *state_->devices[static_cast<size_t>(index)];
+}
+
+Result<Plan> Engine::plan(const std::string& model_path) const {
+  return plan(model_path, state_->config);
+}
+
+Result<Plan> Engine::plan(const std::string& model_path, const Config& config) const {
+  return run::guarded([&]() -> Result<Plan> {
+    FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*state_, model_path));
+    return planner.plan(config);
+  });
+}
+
+MemorySnapshot Engine::memory() const { return state_->ledger.snapshot(); }
+void Engine::reset_peaks() noexcept { state_->ledger.reset_peaks(); }
+
+Status Engine::set_budget(int device, int64_t bytes) {
+  if (device < 0 || device >= n_devices())
+    return Status(Code::kInvalidArgument,
+                  fmt::format("device {} is not in [0, {})", device, n_devices()));
+  if (bytes < 0)
+    return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
+  state_->ledger.set_budget(device, bytes);
+  return {};
+}
+
+}  // namespace fathom

@@ -1,0 +1,126 @@
+// KVCache: pages in a reserved address range per device, mapped as rows arrive.
+#include "fathom/kv_cache.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "engine_state.h"
+#include "planner.h"
+
+namespace fathom {
+
+struct KVCache::State {
+  std::shared_ptr<run::EngineState> engine;  // outlives the ranges below
+  KVCacheOptions options;
+  struct Device {
+    run::MemoryRange pages;
+    int64_t slot_bytes = 0;     // from page to page: page bytes in whole commits
+    KvPage* table = nullptr;    // [max_pages]
+  };
+  std::vector<Device> devices;
+  run::MemoryRange tables;
+  int64_t n_tokens = 0;
+  int64_t n_pages = 0;  // mapped on every device
+
+  int64_t pages_for(int64_t tokens) const noexcept {
+    return (tokens + options.layout.page_tokens - 1) / options.layout.page_tokens;
+  }
+  Status map_page(Device& device) {
+    FATHOM_TRY(device.pages.commit(n_pages * device.slot_bytes, device.slot_bytes));
+    device.table[n_pages] = {device.pages.data() + n_pages * device.slot_bytes, options.type};
+    return {};
+  }
+  void unmap_page(Device& device, int64_t page) noexcept {
+    device.pages.decommit(page * device.slot_bytes, device.slot_bytes);
+    device.table[page] = {};
+  }
+};
+
+KVCache::KVCache(std::unique_ptr<State> state) noexcept : state_(std::move(state)) {}
+KVCache::KVCache(KVCache&&) noexcept = default;
+KVCache& KVCache::operator=(KVCache&&) noexcept = default;
+KVCache::~KVCache() = default;
+
+Result<KVCache> KVCache::create(std::shared_ptr<run::EngineState> engine,
+                                const KVCacheOptions& options) {
+  return run::guarded([&]() -> Result<KVCache> {
+    auto state = std::make_unique<State>();
+    state->engine = std::move(engine);
+    state->options = options;
+    const int64_t max_pages = state->pages_for(options.max_tokens);
+    const auto n_devices = static_cast<int64_t>(options.layers_on_device.size());
+    FATHOM_TRY_ASSIGN(state->tables,
+                      state->engine->allocate(state->engine->host_device, Purpose::kRuntime,
+                                              run::page_table_bytes(options.max_tokens,
+                                                                    options.layout.page_tokens,
+                                                                    n_devices)));
+    auto* table = reinterpret_cast<KvPage*>(state->tables.data());
+    for (int d = 0; d < n_devices; ++d) {
+      State::Device device;
+      device.slot_bytes = run::committed_bytes(
+          options.layout.page_bytes(options.type, options.layers_on_device[static_cast<size_t>(d)]),
+          state->engine->devices[static_cast<size_t>(d)]->granularity());
+      FATHOM_TRY_ASSIGN(device.pages, state->engine->reserve(d, Purpose::kKv,
+                                                             max_pages * device.slot_bytes));
+      device.table = table + d * max_pages;
+      state->devices.push_back(std::move(device));
+    }
+    return KVCache(std::move(state));
+  });
+}
+
+int64_t KVCache::n_tokens() const noexcept { return state_->n_tokens; }
+int64_t KVCache::capacity_tokens() const noexcept {
+  return std::min(state_->n_pages * page_tokens(), max_tokens());
+}
+int64_t KVCache::max_tokens() const noexcept { return state_->options.max_tokens; }
+int64_t KVCache::page_tokens() const noexcept { return state_->options.layout.page_tokens; }
+int64_t KVCache::size_bytes() const noexcept {
+  int64_t bytes = 0;
+  for (const State::Device& device : state_->devices) bytes += device.pages.size_bytes();
+  return bytes;
+}
+
+Status KVCache::reserve(int64_t n_tokens) {
+  State& s = *state_;
+  if (n_tokens > max_tokens())
+    return Status(Code::kContextFull, fmt::format("{} tokens do not fit a context of at most {}",
+                                                  n_tokens, max_tokens()));
+  const int64_t before = s.n_pages;
+  while (s.n_pages < s.pages_for(n_tokens)) {
+    for (size_t d = 0; d < s.devices.size(); ++d) {
+      Status status = s.map_page(s.devices[d]);
+      if (status.ok()) continue;
+      // All or nothing: the devices that already have this page, then the whole pages before it.
+      for (size_t undo = 0; undo < d; ++undo) s.unmap_page(s.devices[undo], s.n_pages);
+      while (s.n_pages > before) {
+        --s.n_pages;
+        for (State::Device& device : s.devices) s.unmap_page(device, s.n_pages);
+      }
+      return status;
+    }
+    ++s.n_pages;
+  }
+  return {};
+}
+
+void KVCache::commit_rows(int64_t n_tokens) noexcept { state_->n_tokens = n_tokens; }
+
+void KVCache::truncate(int64_t n_tokens, int64_t keep_tokens) noexcept {
+  State& s = *state_;
+  s.n_tokens = std::min(s.n_tokens, n_tokens);
+  const int64_t keep = s.pages_for(std::max(s.n_tokens, keep_tokens));
+  while (s.n_pages > keep) {
+    --s.n_pages;
+    for (State::Device& device : s.devices) s.unmap_page(device, s.n_pages);
+  }
+}
+
+KvRows KVCache::rows(int device, int64_t layer_slot, int64_t first_row,
+                     int64_t n_rows) const noexcept {
+  return {state_->devices[static_cast<size_t>(device)].table, state_->options.layout, layer_slot,
+          first_row, n_rows};
+}
+
+}  // namespace fathom

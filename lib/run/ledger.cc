@@ -1,0 +1,117 @@
+#include "ledger.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace fathom::run {
+
+Ledger::Ledger(std::vector<LedgerDevice> devices, int64_t host_budget_bytes,
+               MemoryObserver observer)
+    : host_budget_(host_budget_bytes), observer_(std::move(observer)) {
+  for (LedgerDevice& device : devices) accounts_.push_back({std::move(device), {}, {}});
+}
+
+int64_t Ledger::available_locked(const Account& account) const noexcept {
+  int64_t left = account.device.budget_bytes - account.total.now;
+  if (account.device.is_host) left = std::min(left, host_budget_ - host_now_);
+  return std::max<int64_t>(left, 0);
+}
+
+Status Ledger::acquire(int device, Purpose purpose, int64_t bytes) {
+  std::lock_guard lock(mutex_);
+  Account& account = accounts_[static_cast<size_t>(device)];
+  const int64_t left = available_locked(account);
+  if (bytes > left) {
+    const bool own = account.device.budget_bytes - account.total.now == left;
+    return Status(Code::kBudget,
+                  fmt::format("{}: {} needs {} bytes more, {} of the {}budget of {} bytes are free",
+                              account.device.name, purpose_name(purpose), bytes, left,
+                              own ? "" : "host ",
+                              own ? account.device.budget_bytes : host_budget_))
+        .on_device(device)
+        .about(purpose_name(purpose))
+        .bytes(bytes, left);
+  }
+  if (observer_) {
+    bool agreed = false;
+    try {
+      agreed = observer_(device, purpose, bytes, account.total.now + bytes);
+    } catch (...) {  // a host's exception is a refusal
+    }
+    if (!agreed)
+      return Status(Code::kCallback,
+                    fmt::format("{}: the host's memory observer refused {} bytes for {}",
+                                account.device.name, bytes, purpose_name(purpose)))
+          .on_device(device)
+          .bytes(bytes, left);
+  }
+  Count& count = account.purposes[static_cast<size_t>(purpose)];
+  count.now += bytes;
+  count.peak = std::max(count.peak, count.now);
+  account.total.now += bytes;
+  account.total.peak = std::max(account.total.peak, account.total.now);
+  if (account.device.is_host) host_now_ += bytes;
+  return {};
+}
+
+void Ledger::release(int device, Purpose purpose, int64_t bytes) noexcept {
+  std::lock_guard lock(mutex_);
+  Account& account = accounts_[static_cast<size_t>(device)];
+  account.purposes[static_cast<size_t>(purpose)].now -= bytes;
+  account.total.now -= bytes;
+  if (account.device.is_host) host_now_ -= bytes;
+  if (!observer_) return;
+  try {
+    observer_(device, purpose, -bytes, account.total.now);
+  } catch (...) {  // a release cannot be refused
+  }
+}
+
+int64_t Ledger::available(int device) const noexcept {
+  std::lock_guard lock(mutex_);
+  return available_locked(accounts_[static_cast<size_t>(device)]);
+}
+
+int64_t Ledger::budget(int device) const noexcept {
+  std::lock_guard lock(mutex_);
+  return accounts_[static_cast<size_t>(device)].device.budget_bytes;
+}
+
+void Ledger::set_budget(int device, int64_t bytes) noexcept {
+  std::lock_guard lock(mutex_);
+  accounts_[static_cast<size_t>(device)].device.budget_bytes = bytes;
+}
+
+void Ledger::add_planned(int device, Purpose purpose, int64_t bytes) noexcept {
+  std::lock_guard lock(mutex_);
+  Account& account = accounts_[static_cast<size_t>(device)];
+  account.purposes[static_cast<size_t>(purpose)].planned += bytes;
+  account.total.planned += bytes;
+}
+
+void Ledger::reset_peaks() noexcept {
+  std::lock_guard lock(mutex_);
+  for (Account& account : accounts_) {
+    account.total.peak = account.total.now;
+    for (Count& count : account.purposes) count.peak = count.now;
+  }
+}
+
+MemorySnapshot Ledger::snapshot() const {
+  std::lock_guard lock(mutex_);
+  MemorySnapshot picture;
+  for (size_t d = 0; d < accounts_.size(); ++d) {
+    const Account& account = accounts_[d];
+    picture.devices.push_back({account.device.name, account.device.budget_bytes, account.total.now,
+                               account.total.peak, account.total.planned});
+    for (int p = 0; p < kPurposeCount; ++p) {
+      const Count& count = account.purposes[static_cast<size_t>(p)];
+      picture.items.push_back({static_cast<int>(d), static_cast<Purpose>(p), count.now, count.peak,
+                               count.planned});
+    }
+  }
+  return picture;
+}
+
+}  // namespace fathom::run

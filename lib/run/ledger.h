@@ -1,0 +1,62 @@
+// Ledger: every large byte by device and purpose, with budgets.  Nothing is asked of the system
+// before the ledger has agreed.  Thread-safe.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "fathom/memory.hpp"
+#include "fathom/status.hpp"
+
+namespace fathom::run {
+
+struct LedgerDevice {
+  std::string name;
+  int64_t budget_bytes = 0;
+  bool is_host = false;  // counts towards the host's total
+};
+
+class Ledger {
+ public:
+  static constexpr int64_t kUnlimited = INT64_MAX;
+
+  // `host_budget_bytes` limits the sum over host devices.
+  Ledger(std::vector<LedgerDevice> devices, int64_t host_budget_bytes, MemoryObserver observer);
+
+  // Books `bytes` more, or refuses and books nothing.  Errors: kBudget (needed, available, what
+  // holds the rest), kCallback (the observer refused).
+  Status acquire(int device, Purpose purpose, int64_t bytes);
+  void release(int device, Purpose purpose, int64_t bytes) noexcept;
+
+  // What could still be acquired on a device, its own budget and the host's considered.
+  int64_t available(int device) const noexcept;
+  int64_t budget(int device) const noexcept;
+  int64_t host_budget() const noexcept { return host_budget_; }
+  void set_budget(int device, int64_t bytes) noexcept;
+  // What the plans of the loaded models promise at most; adds up over models.
+  void add_planned(int device, Purpose purpose, int64_t bytes) noexcept;
+  void reset_peaks() noexcept;
+  MemorySnapshot snapshot() const;
+
+ private:
+  struct Count {
+    int64_t now = 0, peak = 0, planned = 0;
+  };
+  struct Account {
+    LedgerDevice device;
+    std::array<Count, kPurposeCount> purposes;
+    Count total;
+  };
+  int64_t available_locked(const Account& account) const noexcept;
+
+  mutable std::mutex mutex_;
+  std::vector<Account> accounts_;
+  const int64_t host_budget_;
+  int64_t host_now_ = 0;
+  MemoryObserver observer_;
+};
+
+}  // namespace fathom::run

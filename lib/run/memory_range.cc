@@ -1,0 +1,61 @@
+#include "memory_range.h"
+
+#include <algorithm>
+
+namespace fathom::run {
+
+Result<MemoryRange> MemoryRange::reserve(Backend& backend, Ledger& ledger, int device,
+                                         Purpose purpose, int64_t bytes) {
+  MemoryRange range;
+  range.backend_ = &backend;
+  range.ledger_ = &ledger;
+  range.device_ = device;
+  range.purpose_ = purpose;
+  const int64_t rounded = committed_bytes(bytes, backend.granularity());
+  if (rounded > 0) {
+    FATHOM_TRY_ASSIGN(range.base_, backend.reserve(rounded));
+    range.reserved_ = rounded;
+  }
+  return range;
+}
+
+Result<MemoryRange> MemoryRange::allocate(Backend& backend, Ledger& ledger, int device,
+                                          Purpose purpose, int64_t bytes) {
+  FATHOM_TRY_ASSIGN(MemoryRange range, reserve(backend, ledger, device, purpose, bytes));
+  if (range.reserved_ > 0) FATHOM_TRY(range.commit(0, range.reserved_));
+  return range;
+}
+
+MemoryRange::~MemoryRange() {
+  if (base_ == nullptr) return;
+  backend_->release(base_, reserved_);
+  if (committed_ > 0) ledger_->release(device_, purpose_, committed_);
+}
+
+Status MemoryRange::commit(int64_t offset, int64_t bytes) {
+  FATHOM_TRY(ledger_->acquire(device_, purpose_, bytes));
+  if (Status s = backend_->commit(base_, offset, bytes); !s.ok()) {
+    ledger_->release(device_, purpose_, bytes);
+    return std::move(s).on_device(device_);
+  }
+  committed_ += bytes;
+  return {};
+}
+
+void MemoryRange::decommit(int64_t offset, int64_t bytes) noexcept {
+  backend_->decommit(base_, offset, bytes);
+  ledger_->release(device_, purpose_, bytes);
+  committed_ -= bytes;
+}
+
+void MemoryRange::swap(MemoryRange& other) noexcept {
+  std::swap(backend_, other.backend_);
+  std::swap(ledger_, other.ledger_);
+  std::swap(device_, other.device_);
+  std::swap(purpose_, other.purpose_);
+  std::swap(base_, other.base_);
+  std::swap(reserved_, other.reserved_);
+  std::swap(committed_, other.committed_);
+}
+
+}  // namespace fathom::run

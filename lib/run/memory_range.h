@@ -1,0 +1,58 @@
+// MemoryRange: addresses on one device, with what is committed booked in the ledger.  The only way
+// in which the library takes large memory.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "fathom/backend.hpp"
+#include "fathom/status.hpp"
+#include "ledger.h"
+
+namespace fathom::run {
+
+// Bytes that a commit of `bytes` takes on a device with this granularity.  The plan and
+// MemoryRange both round by it.
+constexpr int64_t committed_bytes(int64_t bytes, int64_t granularity) noexcept {
+  return (bytes + granularity - 1) / granularity * granularity;
+}
+
+// Owner; movable.  The backend and the ledger must outlive it.  Not thread-safe.
+class MemoryRange {
+ public:
+  MemoryRange() noexcept = default;
+  // Addresses for `bytes`, nothing committed.
+  static Result<MemoryRange> reserve(Backend& backend, Ledger& ledger, int device, Purpose purpose,
+                                     int64_t bytes);
+  // Reserved and committed whole; an empty range for 0 bytes.
+  static Result<MemoryRange> allocate(Backend& backend, Ledger& ledger, int device, Purpose purpose,
+                                      int64_t bytes);
+  MemoryRange(MemoryRange&& other) noexcept { swap(other); }
+  MemoryRange& operator=(MemoryRange&& other) noexcept {
+    MemoryRange gone(std::move(*this));
+    swap(other);
+    return *this;
+  }
+  ~MemoryRange();
+
+  // offset and bytes are multiples of the granularity; the part is not committed yet (commit) or
+  // wholly committed (decommit).  Errors of commit: kBudget, kCallback, kMemory; nothing changed.
+  Status commit(int64_t offset, int64_t bytes);
+  void decommit(int64_t offset, int64_t bytes) noexcept;
+
+  std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }
+  int64_t reserved_bytes() const noexcept { return reserved_; }
+  int64_t size_bytes() const noexcept { return committed_; }  // booked
+
+ private:
+  void swap(MemoryRange& other) noexcept;
+
+  Backend* backend_ = nullptr;
+  Ledger* ledger_ = nullptr;
+  int device_ = 0;
+  Purpose purpose_ = Purpose::kWeights;
+  void* base_ = nullptr;
+  int64_t reserved_ = 0, committed_ = 0;
+};
+
+}  // namespace fathom::run

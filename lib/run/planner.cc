@@ -1,0 +1,371 @@
+#include "planner.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "../nn/forward.h"
+
+namespace fathom::run {
+namespace {
+
+constexpr int64_t kDefaultChunk = 512;
+constexpr int64_t kPageTargetBytes = int64_t{2} << 20;
+constexpr int64_t kMinPageTokens = 64, kMaxAutoPageTokens = 256;
+
+size_t index(Phase phase) { return static_cast<size_t>(phase); }
+size_t index(Purpose purpose) { return static_cast<size_t>(purpose); }
+
+KvLayout layout_of(const Plan& plan) {
+  return {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim};
+}
+
+// Tokens per page: enough for about 2 MiB, few enough that a short text takes little.
+int64_t auto_page_tokens(const ModelConfig& c, KvType type) {
+  int64_t tokens = kMinPageTokens;
+  while (tokens < kMaxAutoPageTokens &&
+         KvLayout{tokens * 2, c.kv_lora_rank, c.qk_rope_head_dim}.page_bytes(
+             type, c.num_hidden_layers) <= kPageTargetBytes)
+    tokens *= 2;
+  return tokens;
+}
+
+}  // namespace
+
+SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
+                               const nn::Weights& weights, LayerSpan layers, int64_t chunk,
+                               KvType kv_type, int64_t page_tokens) {
+  Arena arena;
+  nn::Scratch::carve(arena, config, chunk);
+  return {arena.peak_bytes(),
+          nn::measure_workspace(device, config, weights, layers.first, layers.count, chunk, kv_type,
+                                page_tokens)};
+}
+
+int64_t token_history_bytes(int64_t max_tokens) noexcept {
+  return max_tokens * static_cast<int64_t>(sizeof(int32_t));
+}
+
+int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices) noexcept {
+  const int64_t pages = (max_tokens + page_tokens - 1) / page_tokens;
+  return pages * n_devices * static_cast<int64_t>(sizeof(KvPage));
+}
+
+int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices,
+                              int64_t granularity) noexcept {
+  return committed_bytes(token_history_bytes(max_tokens), granularity) +
+         committed_bytes(page_table_bytes(max_tokens, page_tokens, n_devices), granularity);
+}
+
+Result<Planner> Planner::open(const EngineState& engine, const std::string& model_path) {
+  Planner planner;
+  planner.engine_ = &engine;
+  planner.path_ = model_path;
+  FATHOM_TRY_ASSIGN(io::TensorFile file, io::TensorFile::open(model_path));
+  if (!file.has_config())
+    return Status(Code::kFormat, fmt::format("{}: no model configuration (config.json)", model_path));
+  planner.file_ = std::make_unique<io::TensorFile>(std::move(file));
+
+  // A model without a tokenizer, or with one of another kind, still runs on token ids.
+  auto builder = io::TokenizerBuilder::parse(planner.file_->tokenizer());
+  if (builder.ok()) {
+    planner.tokenizer_ = std::make_unique<io::TokenizerBuilder>(std::move(builder).value());
+    planner.tokenizer_bytes_ = planner.tokenizer_->size_bytes();
+  } else if (builder.status().code() == Code::kNotFound ||
+             builder.status().code() == Code::kUnsupported) {
+    planner.tokenizer_remark_ = fmt::format("no tokenizer: {}", builder.status().message());
+  } else {
+    return std::move(builder).status();
+  }
+  return planner;
+}
+
+std::vector<int> Planner::layer_devices(const Plan& plan) {
+  std::vector<int> devices(static_cast<size_t>(plan.model.num_hidden_layers));
+  for (size_t d = 0; d < plan.devices.size(); ++d)
+    for (int64_t l = 0; l < plan.devices[d].n_layers; ++l)
+      devices[static_cast<size_t>(plan.devices[d].first_layer + l)] = static_cast<int>(d);
+  return devices;
+}
+
+Result<Plan> Planner::plan(const Config& config) {
+  FATHOM_TRY(config.validate());
+  const Config& fixed = engine_->config;
+  for (const char* key : {"devices", "threads", "isa", "numerics"}) {
+    FATHOM_TRY_ASSIGN(const std::string asked, config.get(key));
+    FATHOM_TRY_ASSIGN(const std::string has, fixed.get(key));
+    if (asked != has)
+      return Status(Code::kConfig, fmt::format("{}={}: the engine was made with {}; make another engine",
+                                               key, asked, has))
+          .about(key);
+  }
+  FATHOM_TRY_ASSIGN(Plan plan, plan_once(config));
+  if (!plan.feasible) add_alternatives(plan);
+  return plan;
+}
+
+Result<Plan> Planner::plan_once(const Config& config) const {
+  Plan plan;
+  plan.model_path = path_;
+  plan.fingerprint_lo = file_->fingerprint().lo;
+  plan.fingerprint_hi = file_->fingerprint().hi;
+  plan.model = file_->config();
+  plan.config = config;
+  plan.remarks = plan.model.remarks;
+  if (!tokenizer_remark_.empty()) plan.remarks.push_back(tokenizer_remark_);
+
+  const ModelConfig& c = plan.model;
+  plan.kv_type = config.kv_type.value_or(
+      config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kBF16);
+  plan.kv_page_tokens = config.kv_page_tokens.value_or(auto_page_tokens(c, plan.kv_type));
+  const KvLayout layout = layout_of(plan);
+  plan.kv_bytes_per_token =
+      c.num_hidden_layers *
+      (layout.latent_row_bytes(plan.kv_type) + layout.rope_row_bytes(plan.kv_type));
+
+  FATHOM_TRY(place_layers(config, plan));
+  const std::vector<int> devices = layer_devices(plan);
+  FATHOM_TRY_ASSIGN(nn::WeightMap map, nn::WeightMap::create(*file_, devices, engine_->devices));
+  plan.remarks.insert(plan.remarks.end(), map.remarks.begin(), map.remarks.end());
+
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    const bool host = static_cast<int>(d) == engine_->host_device;
+    for (Purpose purpose : {Purpose::kWeights, Purpose::kExperts}) {
+      Arena arena;
+      map.carve(static_cast<int>(d), purpose, arena);
+      const int64_t bytes = committed_bytes(arena.peak_bytes(), device.granularity);
+      for (auto& phase : device.bytes) phase[index(purpose)] = bytes;
+    }
+    const int64_t runtime = engine_->devices[d]->runtime_bytes();
+    for (auto& phase : device.bytes) {
+      phase[index(Purpose::kRuntime)] = runtime;
+      if (host)
+        phase[index(Purpose::kTokenizer)] = committed_bytes(tokenizer_bytes_, device.granularity);
+    }
+    if (host)
+      device.bytes[index(Phase::kLoad)][index(Purpose::kStaging)] =
+          committed_bytes(map.staging_bytes(), device.granularity);
+  }
+  choose_chunk_and_context(plan, map);
+  return plan;
+}
+
+// Contiguous layers in proportion to the budgets.
+Status Planner::place_layers(const Config& config, Plan& plan) const {
+  const int64_t n_layers = plan.model.num_hidden_layers;
+  const auto n_devices = static_cast<int64_t>(engine_->devices.size());
+  if (n_devices > n_layers)
+    return Status(Code::kConfig, fmt::format("devices: {} devices for {} layers", n_devices, n_layers))
+        .about("devices");
+  double budgets = 0;
+  for (int d = 0; d < n_devices; ++d) {
+    PlanDevice device;
+    const Backend& backend = *engine_->devices[static_cast<size_t>(d)];
+    device.name = backend.name();
+    device.kind = backend.kind();
+    device.granularity = backend.granularity();
+    const auto it = config.budget.find(device.name);
+    device.budget_bytes = it == config.budget.end() ? engine_->ledger.budget(d) : it->second;
+    budgets += static_cast<double>(device.budget_bytes);
+    plan.devices.push_back(std::move(device));
+  }
+  double share = 0;
+  int64_t first = 0;
+  for (int64_t d = 0; d < n_devices; ++d) {
+    PlanDevice& device = plan.devices[static_cast<size_t>(d)];
+    share += budgets > 0 ? static_cast<double>(device.budget_bytes) / budgets
+                         : 1.0 / static_cast<double>(n_devices);
+    const int64_t left = n_devices - 1 - d;  // every later device gets at least one layer
+    int64_t end = static_cast<int64_t>(share * static_cast<double>(n_layers) + 0.5);
+    end = d == n_devices - 1 ? n_layers : std::clamp(end, first + 1, n_layers - left);
+    device.first_layer = first;
+    device.n_layers = end - first;
+    device.kv_page_bytes = committed_bytes(
+        layout_of(plan).page_bytes(plan.kv_type, device.n_layers), device.granularity);
+    first = end;
+  }
+  return {};
+}
+
+// What this plan may take of a device: its budget without what others on the engine hold.
+int64_t Planner::budget(const Plan& plan, int device) const {
+  const MemorySnapshot now = engine_->ledger.snapshot();
+  const int64_t others = now.devices[static_cast<size_t>(device)].bytes_now -
+                         engine_->devices[static_cast<size_t>(device)]->runtime_bytes();
+  return plan.devices[static_cast<size_t>(device)].budget_bytes - others;
+}
+
+bool Planner::fits(const Plan& plan) const {
+  int64_t host = 0, host_limit = Ledger::kUnlimited;
+  if (const auto it = plan.config.budget.find("host"); it != plan.config.budget.end())
+    host_limit = it->second;
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    const int64_t peak = plan.devices[d].peak_bytes();
+    if (peak > budget(plan, static_cast<int>(d))) return false;
+    if (plan.devices[d].kind == DeviceKind::kCpu) host += peak;
+  }
+  return host <= std::min(host_limit, engine_->ledger.host_budget());
+}
+
+void Planner::set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const {
+  plan.prefill_chunk = chunk;
+  plan.attention_form = plan.config.attention_form.value_or(
+      chunk >= nn::expanded_crossover_rows(plan.model) ? AttentionForm::kExpanded
+                                                       : AttentionForm::kAbsorbed);
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    const SessionScratch scratch =
+        session_scratch(*engine_->devices[d], plan.model, map.weights(),
+                        {device.first_layer, device.n_layers}, chunk, plan.kv_type,
+                        plan.kv_page_tokens);
+    for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
+      auto& bytes = device.bytes[index(phase)];
+      bytes[index(Purpose::kActivations)] =
+          plan.config.sessions_max * committed_bytes(scratch.activations_bytes, device.granularity);
+      bytes[index(Purpose::kWorkspace)] =
+          plan.config.sessions_max * committed_bytes(scratch.workspace_bytes, device.granularity);
+    }
+  }
+}
+
+void Planner::set_context(Plan& plan, int64_t n_tokens) const {
+  plan.max_context = n_tokens;
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    int64_t runtime = engine_->devices[d]->runtime_bytes();
+    if (static_cast<int>(d) == engine_->host_device) {
+      device.session_runtime_bytes =
+          session_runtime_bytes(n_tokens, plan.kv_page_tokens,
+                                static_cast<int64_t>(plan.devices.size()), device.granularity);
+      runtime += plan.config.sessions_max * device.session_runtime_bytes;
+    }
+    for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
+      auto& bytes = device.bytes[index(phase)];
+      bytes[index(Purpose::kKv)] =
+          plan.config.sessions_max * plan.kv_bytes(static_cast<int>(d), n_tokens);
+      bytes[index(Purpose::kRuntime)] = runtime;
+    }
+  }
+}
+
+int64_t Planner::longest_context(Plan plan, int64_t limit) const {
+  int64_t low = 0, high = limit;  // low fits or is 0, above high does not matter
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    set_context(plan, middle);
+    if (fits(plan))
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const {
+  const Config& config = plan.config;
+  const int64_t trained = plan.model.max_position_embeddings;
+  const int64_t limit = config.context_max.value_or(trained);
+  // A context that is asked for must fit; a free one should hold at least this much before the
+  // chunk, which only costs speed, is made smaller for its sake.
+  const int64_t wanted = config.context_max.value_or(std::min<int64_t>(trained, 8192));
+
+  int64_t chunk = config.prefill_chunk.value_or(std::min(kDefaultChunk, limit));
+  int64_t context = 0;
+  for (;;) {
+    set_scratch(plan, map, chunk);
+    context = longest_context(plan, limit);
+    if (context >= wanted || config.prefill_chunk || chunk == 1) break;
+    chunk = std::max<int64_t>(1, chunk / 2);
+  }
+  if (!config.prefill_chunk && context < wanted && !config.context_max) {
+    // Even the smallest chunk leaves less than was hoped for: take the largest chunk that keeps
+    // nearly all of it.
+    const int64_t best = context;
+    for (chunk = std::min(kDefaultChunk, limit); chunk > 1; chunk /= 2) {
+      set_scratch(plan, map, chunk);
+      context = longest_context(plan, limit);
+      if (context >= best - best / 8) break;
+    }
+    if (chunk <= 1) set_scratch(plan, map, chunk = 1), context = best;
+  }
+  plan.max_context_feasible = context;
+  plan.feasible = config.context_max ? context >= limit : context > 0;
+  set_context(plan, config.context_max.value_or(plan.feasible ? context : 1));
+  if (!plan.feasible) name_what_binds(plan);
+
+  if (!config.prefill_chunk)
+    plan.remarks.push_back(fmt::format("prefill.chunk: {} chosen{}", chunk,
+                                       chunk < std::min(kDefaultChunk, limit)
+                                           ? " (smaller, so that the context fits)" : ""));
+  if (!config.context_max)
+    plan.remarks.push_back(
+        context == trained
+            ? fmt::format("context.max: {}, what the model was trained for", context)
+            : fmt::format("context.max: {}, what fits (the model was trained for {})", context, trained));
+}
+
+void Planner::name_what_binds(Plan& plan) const {
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    const PlanDevice& device = plan.devices[d];
+    const int64_t short_by =
+        device.peak_bytes() -
+        std::min(budget(plan, static_cast<int>(d)), engine_->ledger.host_budget());
+    if (short_by <= plan.bytes_short && plan.binding_device >= 0) continue;
+    plan.binding_device = static_cast<int>(d);
+    plan.bytes_short = std::max<int64_t>(short_by, 0);
+    int64_t most = -1;  // the purpose that takes most
+    for (int p = 0; p < kPurposeCount; ++p)
+      if (const int64_t bytes = device.planned(static_cast<Purpose>(p)); bytes > most) {
+        most = bytes;
+        plan.binding_purpose = static_cast<Purpose>(p);
+      }
+  }
+}
+
+// Smallest changes first: those that cost speed or nothing, then those that cost quality, then
+// those that cost length, then memory.
+void Planner::add_alternatives(Plan& plan) const {
+  using Changes = std::vector<std::pair<std::string, std::string>>;
+  std::vector<Changes> candidates;
+  const Config& config = plan.config;
+  if (config.prefill_chunk && *config.prefill_chunk > 1)
+    candidates.push_back({{"prefill.chunk", "auto"}});
+  if (config.sessions_max > 1) candidates.push_back({{"sessions.max", "1"}});
+  for (const char* type : {"q8_0", "q4_0"}) {
+    Changes changes{{"kv.type", type}};
+    candidates.push_back(changes);
+    if (config.prefill_chunk) {
+      changes.push_back({"prefill.chunk", "auto"});
+      candidates.push_back(changes);
+    }
+  }
+  if (plan.max_context_feasible > 0)
+    candidates.push_back({{"context.max", std::to_string(plan.max_context_feasible)}});
+  if (plan.binding_device >= 0) {
+    const PlanDevice& device = plan.devices[static_cast<size_t>(plan.binding_device)];
+    candidates.push_back({{"budget." + device.name, std::to_string(device.peak_bytes())}});
+  }
+
+  for (const Changes& changes : candidates) {
+    Config changed = config;
+    bool applied = true;
+    for (const auto& [key, value] : changes) applied = applied && changed.set(key, value).ok();
+    if (!applied) continue;
+    Result<Plan> other = plan_once(changed);
+    if (!other.ok() || !other->feasible) continue;
+    PlanAlternative alternative;
+    alternative.changes = changes;
+    alternative.max_context = other->max_context;
+    for (const auto& [key, value] : changes)
+      alternative.text += fmt::format("{}{}={}", alternative.text.empty() ? "" : " ", key, value);
+    int64_t peak = 0;
+    for (const PlanDevice& device : other->devices) peak += device.peak_bytes();
+    alternative.text += fmt::format(": peak {:.2f} GiB, {} tokens",
+                                    static_cast<double>(peak) / (int64_t{1} << 30),
+                                    alternative.max_context);
+    plan.alternatives.push_back(std::move(alternative));
+  }
+}
+
+}  // namespace fathom::run

@@ -1,0 +1,72 @@
+// Planner: from an opened model file to a Plan.  The sizes come from the functions that also
+// allocate: WeightMap::carve, Scratch::carve, measure_workspace, KvLayout, TokenizerBuilder.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../io/tensor_file.h"
+#include "../io/tokenizer.h"
+#include "../nn/weights.h"
+#include "engine_state.h"
+#include "fathom/kv_cache.hpp"
+#include "fathom/plan.hpp"
+
+namespace fathom::run {
+
+// The contiguous layers of one device.
+struct LayerSpan {
+  int64_t first = 0, count = 0;
+};
+
+// Scratch of one session on one device, for passes of up to plan.prefill_chunk tokens.
+struct SessionScratch {
+  int64_t activations_bytes = 0;
+  int64_t workspace_bytes = 0;
+};
+SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
+                               const nn::Weights& weights, LayerSpan layers, int64_t chunk,
+                               KvType kv_type, int64_t page_tokens);
+
+// Host bytes of one session beside cache and scratch: token history and the cache's page table.
+int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices,
+                              int64_t granularity) noexcept;
+int64_t token_history_bytes(int64_t max_tokens) noexcept;
+int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices) noexcept;
+
+class Planner {
+ public:
+  // Opens the file and counts its tokenizer.  `engine` must outlive the planner.
+  static Result<Planner> open(const EngineState& engine, const std::string& model_path);
+
+  // Never fails for lack of memory: that is an infeasible plan.  Errors: kConfig (a key that
+  // only a new engine can change), kFormat, kUnsupported.
+  Result<Plan> plan(const Config& config);
+
+  io::TensorFile& file() noexcept { return *file_; }
+  // Null when the file has no tokenizer; taken by the loader.
+  std::unique_ptr<io::TokenizerBuilder>& tokenizer() noexcept { return tokenizer_; }
+  static std::vector<int> layer_devices(const Plan& plan);
+
+ private:
+  Planner() = default;
+  Result<Plan> plan_once(const Config& config) const;
+  Status place_layers(const Config& config, Plan& plan) const;
+  void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;
+  void set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const;
+  void set_context(Plan& plan, int64_t n_tokens) const;
+  bool fits(const Plan& plan) const;
+  int64_t longest_context(Plan plan, int64_t limit) const;
+  void name_what_binds(Plan& plan) const;
+  void add_alternatives(Plan& plan) const;
+  int64_t budget(const Plan& plan, int device) const;
+
+  const EngineState* engine_ = nullptr;
+  std::unique_ptr<io::TensorFile> file_;
+  std::unique_ptr<io::TokenizerBuilder> tokenizer_;
+  int64_t tokenizer_bytes_ = 0;
+  std::string path_, tokenizer_remark_;
+};
+
+}  // namespace fathom::run

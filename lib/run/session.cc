@@ -1,0 +1,234 @@
+// Session: prefill in chunks, steps, truncation.  Generation is in generate.cc.
+#include "fathom/session.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+
+#include "planner.h"
+#include "session_state.h"
+
+namespace fathom {
+namespace run {
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+Status SessionState::check_tokens(std::span<const int32_t> ids) const {
+  const int64_t vocab = model.config().vocab_size;
+  for (size_t i = 0; i < ids.size(); ++i)
+    if (ids[i] < 0 || ids[i] >= vocab)
+      return Status(Code::kInvalidArgument,
+                    fmt::format("token {} has id {}, which is not in [0, {})", i, ids[i], vocab));
+  return {};
+}
+
+AttentionForm SessionState::form_of(int64_t n) const noexcept {
+  const std::optional<AttentionForm> pinned = model.plan().config.attention_form;
+  if (pinned) return *pinned;
+  return n >= nn::expanded_crossover_rows(model.config()) ? AttentionForm::kExpanded
+                                                          : AttentionForm::kAbsorbed;
+}
+
+Status SessionState::all_logits(const nn::ForwardParams& params, const RunOptions& options) {
+  const auto n = static_cast<int64_t>(params.tokens.size());
+  const int64_t vocab = model.config().vocab_size;
+  for (int64_t row = 0; row < n; row += nn::kLogitRows) {
+    const int64_t count = std::min(nn::kLogitRows, n - row);
+    FATHOM_TRY(nn::forward_logits(params, row, count));
+    const float* logits = stages.back().scratch.logits;
+    for (int64_t i = 0; i < count; ++i)
+      if (!options.on_logits(params.first_position + row + i,
+                             {logits + i * vocab, static_cast<size_t>(vocab)}))
+        return Status(Code::kCallback, fmt::format("the logits callback stopped at position {}",
+                                                   params.first_position + row + i));
+    // logits() is the view of the first row: leave the last position's there.
+    if (row + count == n && count > 1)
+      std::copy_n(logits + (count - 1) * vocab, vocab, stages.back().scratch.logits);
+  }
+  return {};
+}
+
+Status SessionState::pass(std::span<const int32_t> chunk, AttentionForm form,
+                          const RunControl& control, const RunOptions& options, bool want_logits) {
+  const auto n = static_cast<int64_t>(chunk.size());
+  const int64_t capacity = cache.capacity_tokens();
+  FATHOM_TRY(cache.reserve(n_tokens + n));
+  const nn::ForwardParams params{.config = model.config(),
+                                 .rope = model.state()->rope,
+                                 .weights = *model.state()->weights,
+                                 .stages = stages,
+                                 .cache = *this,
+                                 .tokens = chunk,
+                                 .first_position = n_tokens,
+                                 .form = form,
+                                 .cancelled = RunControl::cancelled,
+                                 .cancelled_arg = const_cast<RunControl*>(&control),
+                                 .trace = trace};
+  Status status = nn::forward(params);
+  if (status.ok() && options.on_logits) {
+    has_logits = false;  // the buffer is being overwritten
+    status = all_logits(params, options);
+  } else if (status.ok() && want_logits) {
+    has_logits = false;
+    status = nn::forward_logits(params, n - 1, 1);
+  }
+  if (!status.ok()) {
+    cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
+    return status;
+  }
+  std::copy(chunk.begin(), chunk.end(), tokens + n_tokens);
+  n_tokens += n;
+  cache.commit_rows(n_tokens);
+  has_logits = want_logits || options.on_logits;
+  return {};
+}
+
+}  // namespace run
+
+Session::Session(std::unique_ptr<run::SessionState> state) noexcept : state_(std::move(state)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+Result<Session> Session::create(const Model& model, const SessionOptions& options) {
+  return run::guarded([&]() -> Result<Session> {
+    const Plan& plan = model.plan();
+    run::EngineState& engine = *model.engine().state();
+    const int64_t max_tokens = options.max_tokens == 0 ? plan.max_context : options.max_tokens;
+    if (max_tokens < 1 || max_tokens > plan.max_context)
+      return Status(Code::kInvalidArgument, fmt::format("max_tokens {} is not in [1, {}], what was planned",
+                                                        max_tokens, plan.max_context));
+    if (options.reserve_tokens < 0 || options.reserve_tokens > max_tokens)
+      return Status(Code::kInvalidArgument, fmt::format("reserve_tokens {} is not in [0, {}]",
+                                                        options.reserve_tokens, max_tokens));
+    KVCacheOptions cache_options{
+        .type = plan.kv_type,
+        .layout = {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
+        .layers_on_device = {},
+        .max_tokens = max_tokens};
+    for (const PlanDevice& device : plan.devices)
+      cache_options.layers_on_device.push_back(device.n_layers);
+    FATHOM_TRY_ASSIGN(KVCache cache, KVCache::create(model.engine().state(), cache_options));
+    auto state = std::make_unique<run::SessionState>(model, std::move(cache));
+
+    FATHOM_TRY_ASSIGN(state->history, engine.allocate(engine.host_device, Purpose::kRuntime,
+                                                      run::token_history_bytes(max_tokens)));
+    state->tokens = reinterpret_cast<int32_t*>(state->history.data());
+    for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
+      const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
+      Backend& backend = *engine.devices[static_cast<size_t>(d)];
+      const run::SessionScratch bytes = run::session_scratch(
+          backend, plan.model, *model.state()->weights, {device.first_layer, device.n_layers},
+          plan.prefill_chunk, plan.kv_type, plan.kv_page_tokens);
+      FATHOM_TRY_ASSIGN(auto activations,
+                        engine.allocate(d, Purpose::kActivations, bytes.activations_bytes));
+      FATHOM_TRY_ASSIGN(auto workspace,
+                        engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
+      Arena arena(activations.data(), activations.size_bytes());
+      state->stages.push_back(
+          {.device = &backend,
+           .op = {workspace.data(), workspace.size_bytes()},
+           .scratch = nn::Scratch::carve(arena, plan.model, plan.prefill_chunk),
+           .first_layer = device.first_layer,
+           .n_layers = device.n_layers});
+      state->scratch.push_back(std::move(activations));
+      state->scratch.push_back(std::move(workspace));
+    }
+    const int64_t reserve = std::max(options.reserve_tokens,
+                                     std::min(plan.config.context_reserve, max_tokens));
+    FATHOM_TRY(state->cache.reserve(reserve));
+    return Session(std::move(state));
+  });
+}
+
+Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& options) {
+  return run::guarded([&]() -> Status {
+    run::SessionState& s = *state_;
+    if (tokens.empty()) return Status(Code::kInvalidArgument, "prefill of no tokens");
+    FATHOM_TRY(s.check_tokens(tokens));
+    const auto total = static_cast<int64_t>(tokens.size());
+    const int64_t planned = s.model.plan().prefill_chunk;
+    if (options.chunk < 0 || options.chunk > planned)
+      return Status(Code::kInvalidArgument, fmt::format("chunk {} is not in [0, {}], what was planned",
+                                                        options.chunk, planned));
+    if (total > s.cache.max_tokens() - s.n_tokens)
+      return Status(Code::kContextFull,
+                    fmt::format("{} tokens do not fit: the session holds {} of at most {}", total,
+                                s.n_tokens, s.cache.max_tokens()));
+    const int64_t chunk = options.chunk > 0 ? options.chunk : planned;
+    const run::RunControl control(options);
+    const auto start = std::chrono::steady_clock::now();
+
+    FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
+    for (int64_t done = 0; done < total;) {
+      const int64_t n = std::min(chunk, total - done);
+      FATHOM_TRY(s.pass(tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n)),
+                        s.form_of(n), control, options, /*want_logits=*/done + n == total));
+      done += n;
+      s.times.prefill_tokens += n;
+      if (done < total || options.progress)
+        FATHOM_TRY(control.check(ProgressPhase::kPrefill, done, total));
+    }
+    s.times.prefill_seconds += run::seconds_since(start);
+    return {};
+  });
+}
+
+Status Session::step(int32_t token) {
+  return run::guarded([&]() -> Status {
+    run::SessionState& s = *state_;
+    FATHOM_TRY(s.check_tokens({&token, 1}));
+    if (s.n_tokens == s.cache.max_tokens())
+      return Status(Code::kContextFull,
+                    fmt::format("the session holds {} tokens, its most", s.n_tokens));
+    static const RunOptions kNone;
+    const auto start = std::chrono::steady_clock::now();
+    FATHOM_TRY(s.pass({&token, 1}, AttentionForm::kAbsorbed, run::RunControl(kNone), kNone,
+                      /*want_logits=*/true));
+    ++s.times.decode_tokens;
+    s.times.decode_seconds += run::seconds_since(start);
+    return {};
+  });
+}
+
+std::span<const float> Session::logits() const noexcept {
+  if (!state_->has_logits) return {};
+  return {state_->stages.back().scratch.logits,
+          static_cast<size_t>(state_->model.config().vocab_size)};
+}
+std::span<const int32_t> Session::tokens() const noexcept {
+  return {state_->tokens, static_cast<size_t>(state_->n_tokens)};
+}
+int64_t Session::n_tokens() const noexcept { return state_->n_tokens; }
+int64_t Session::max_tokens() const noexcept { return state_->cache.max_tokens(); }
+
+Status Session::truncate(int64_t n_tokens) {
+  run::SessionState& s = *state_;
+  if (n_tokens < 0 || n_tokens > s.n_tokens)
+    return Status(Code::kInvalidArgument,
+                  fmt::format("truncate to {}: not in [0, {}], the tokens held", n_tokens, s.n_tokens));
+  if (n_tokens < s.n_tokens) s.has_logits = false;
+  s.n_tokens = n_tokens;
+  s.cache.truncate(n_tokens);
+  return {};
+}
+
+Status Session::reserve(int64_t n_tokens) {
+  if (n_tokens < 0)
+    return Status(Code::kInvalidArgument, fmt::format("reserve of {} tokens", n_tokens));
+  return run::guarded([&] { return state_->cache.reserve(n_tokens); });
+}
+
+const KVCache& Session::cache() const noexcept { return state_->cache; }
+const Model& Session::model() const noexcept { return state_->model; }
+const SessionTimes& Session::times() const noexcept { return state_->times; }
+const std::vector<Event>& Session::events() const noexcept { return state_->events; }
+
+}  // namespace fathom
