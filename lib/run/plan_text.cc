@@ -1,0 +1,137 @@
+// A plan as JSON for programs and as a table for people.
+#include <fmt/format.h>
+
+#include "config_schema.h"
+#include "fathom/plan.hpp"
+
+namespace fathom {
+namespace {
+
+double gib(int64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30); }
+
+// 1234567 -> "1,234,567".
+std::string grouped(int64_t value) {
+  std::string digits = fmt::format("{}", value);
+  for (int64_t at = static_cast<int64_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3)
+    digits.insert(static_cast<size_t>(at), ",");
+  return digits;
+}
+
+std::string purposes_json(const PlanDevice& device, int phase) {
+  std::string out;
+  for (int p = 0; p < kPurposeCount; ++p) {
+    const auto purpose = static_cast<Purpose>(p);
+    const int64_t bytes = phase < 0 ? device.planned(purpose)
+                                    : device.bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)];
+    out += fmt::format("{}\"{}\": {}", p ? ", " : "", purpose_name(purpose), bytes);
+  }
+  return "{" + out + "}";
+}
+
+std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
+  switch (purpose) {
+    case Purpose::kKv:
+      return fmt::format("{} tokens, {} latent {} + rope {}, {} layers, pages of {} tokens",
+                         grouped(plan.max_context), kv_type_name(plan.kv_type),
+                         plan.model.kv_lora_rank, plan.model.qk_rope_head_dim, device.n_layers,
+                         plan.kv_page_tokens);
+    case Purpose::kActivations:
+    case Purpose::kWorkspace: return fmt::format("prefill chunk {}", plan.prefill_chunk);
+    case Purpose::kStaging: return "while loading";
+    case Purpose::kRuntime: return "threads, token history";
+    default: return "";
+  }
+}
+
+}  // namespace
+
+std::string Plan::to_json() const {
+  std::string out = "{\n";
+  const auto add = [&](std::string_view key, const std::string& value) {
+    out += fmt::format("{}  \"{}\": {}", out.size() > 2 ? ",\n" : "", key, value);
+  };
+  add("model", run::json_quote(model_path));
+  add("feasible", feasible ? "true" : "false");
+  add("kv_bytes_per_token", fmt::format("{}", kv_bytes_per_token));
+  add("max_context", fmt::format("{}", max_context));
+  add("max_context_feasible", fmt::format("{}", max_context_feasible));
+  add("prefill_chunk", fmt::format("{}", prefill_chunk));
+  add("attention_form", attention_form == AttentionForm::kExpanded ? "\"expanded\"" : "\"absorbed\"");
+  add("kv_type", run::json_quote(kv_type_name(kv_type)));
+  add("kv_page_tokens", fmt::format("{}", kv_page_tokens));
+  add("sessions", fmt::format("{}", config.sessions_max));
+  std::string list;
+  for (const PlanDevice& device : devices) {
+    std::string phases;
+    for (int p = 0; p < kPhaseCount; ++p)
+      phases += fmt::format("{}\"{}\": {}", p ? ", " : "", phase_name(static_cast<Phase>(p)),
+                            purposes_json(device, p));
+    list += fmt::format(
+        "{}    {{\"name\": {}, \"budget_bytes\": {}, \"peak_bytes\": {}, \"first_layer\": {}, "
+        "\"n_layers\": {}, \"kv_page_bytes\": {},\n     \"purposes\": {},\n     \"phases\": {{{}}}}}",
+        list.empty() ? "" : ",\n", run::json_quote(device.name), device.budget_bytes,
+        device.peak_bytes(), device.first_layer, device.n_layers, device.kv_page_bytes,
+        purposes_json(device, -1), phases);
+  }
+  add("devices", "[\n" + list + "\n  ]");
+  if (!feasible && binding_device >= 0) {
+    add("binding", fmt::format("{{\"device\": {}, \"purpose\": \"{}\", \"bytes_short\": {}}}",
+                               run::json_quote(devices[static_cast<size_t>(binding_device)].name),
+                               purpose_name(binding_purpose), bytes_short));
+  }
+  list.clear();
+  for (const PlanAlternative& alternative : alternatives) {
+    std::string changes;
+    for (const auto& [key, value] : alternative.changes)
+      changes += fmt::format("{}{}: {}", changes.empty() ? "" : ", ", run::json_quote(key),
+                             run::json_quote(value));
+    list += fmt::format("{}{{\"set\": {{{}}}, \"max_context\": {}, \"text\": {}}}",
+                        list.empty() ? "" : ", ", changes, alternative.max_context,
+                        run::json_quote(alternative.text));
+  }
+  add("alternatives", "[" + list + "]");
+  list.clear();
+  for (const std::string& remark : remarks)
+    list += (list.empty() ? "" : ", ") + run::json_quote(remark);
+  add("remarks", "[" + list + "]");
+  return out + "\n}";
+}
+
+std::string Plan::describe() const {
+  std::string out = fmt::format("{:<8} {:<12} {:>18} {:>9}  {:>12}  {}\n", "device", "purpose",
+                                "bytes", "GiB", "per token", "note");
+  for (const PlanDevice& device : devices) {
+    for (int p = 0; p < kPurposeCount; ++p) {
+      const auto purpose = static_cast<Purpose>(p);
+      const int64_t bytes = device.planned(purpose);
+      if (bytes == 0) continue;
+      const std::string per_token =
+          purpose == Purpose::kKv
+              ? fmt::format("{} B", grouped(kv_bytes_per_token * device.n_layers /
+                                            model.num_hidden_layers))
+              : "-";
+      out += fmt::format("{:<8} {:<12} {:>18} {:>9.3f}  {:>12}  {}\n", device.name,
+                         purpose_name(purpose), grouped(bytes), gib(bytes), per_token,
+                         note(*this, device, purpose));
+    }
+    out += fmt::format("{:<8} {:<12} {:>18} {:>9.3f}  {:>12}  budget {:.3f} GiB\n", device.name,
+                       "peak", grouped(device.peak_bytes()), gib(device.peak_bytes()), "",
+                       gib(device.budget_bytes));
+  }
+  if (feasible) {
+    out += fmt::format("FITS: {} tokens per session", grouped(max_context));
+    if (max_context_feasible > max_context) out += fmt::format(" ({} would)", grouped(max_context_feasible));
+  } else {
+    out += "DOES NOT FIT";
+    if (binding_device >= 0)
+      out += fmt::format(": short by {:.3f} GiB on {} ({})", gib(bytes_short),
+                         devices[static_cast<size_t>(binding_device)].name,
+                         purpose_name(binding_purpose));
+    out += alternatives.empty() ? ". No single change found that fits" : ". Nearest that fit:";
+    for (size_t i = 0; i < alternatives.size(); ++i)
+      out += fmt::format("\n  [{}] {}", i + 1, alternatives[i].text);
+  }
+  return out;
+}
+
+}  // namespace fathom
