@@ -67,8 +67,8 @@ struct TokenizerSource {
 class TensorFile {
  public:
   // A .gguf (the first of a split finds the others), a .safetensors, or a folder with config.json.
-  // Reads headers and metadata only.  Errors: kNotFound, kIo, kFormat (offset, field), kVersion,
-  // kUnsupported (architecture, tensor type).
+  // Reads headers, metadata and 4 KB of the weights.  Errors: kNotFound, kIo, kFormat (offset,
+  // field), kVersion, kUnsupported (architecture, tensor type).
   static Result<TensorFile> open(const std::string& path);
   // One GGUF file from any source, not split; for tests and fuzzing.
   static Result<TensorFile> parse_gguf(std::shared_ptr<ByteSource> source);
@@ -87,7 +87,8 @@ class TensorFile {
   const TensorInfo* find(std::string_view name) const noexcept;             // null when absent
   // Bytes [offset, offset + out.size()) of a tensor.  Thread-safe.
   Status read(const TensorInfo& tensor, int64_t offset, std::span<std::byte> out) const noexcept;
-  // All headers and sizes folded into 128 bits; names the model in profiles and saved sessions.
+  // All headers and sizes, and samples of a few tensors of a model, folded into 128 bits; names
+  // the model in profiles and saved sessions.
   struct Fingerprint { uint64_t lo = 0, hi = 0; };
   Fingerprint fingerprint() const noexcept { return fingerprint_; }
   int64_t total_bytes() const noexcept;  // of all sources

@@ -36,10 +36,11 @@ struct TensorFileBuilder {
   // adds a remark that says so.  Keeps the order.
   void drop_extra_layers(std::string_view prefix, int64_t n_layers,
                          std::vector<std::string>& remarks);
-  TensorFile finish() &&;
+  // Completes the fingerprint.  Errors: those of reading, from sampling the weights of a model.
+  Result<TensorFile> finish() &&;
 
   TensorFile file;
-  Hash128 hash;  // of every header and size
+  Hash128 hash;  // of every header, size, and some of the weights
 };
 
 // Every pair of tensors of one source is disjoint; kFormat names the first two that are not.
