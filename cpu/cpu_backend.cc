@@ -1,0 +1,188 @@
+// Making a CpuBackend, and its forwarding.
+#include "cpu/cpu_backend.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/attention.h"
+#include "cpu/host_memory.h"
+#include "cpu/matmul.h"
+#include "cpu/matmul_kernels.h"
+#include "cpu/route.h"
+#include "cpu/rows.h"
+#include "cpu/rows_kernels.h"
+#include "cpu/weight_layout.h"
+
+namespace fathom {
+
+// The interface's own home is the one backend that is always there.
+Backend::~Backend() = default;
+
+Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions& options) {
+  FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> backend, cpu::CpuBackend::create(options));
+  return backend;
+}
+
+namespace cpu {
+namespace {
+
+constexpr HugePages kHugePages = HugePages::kAdvise;
+
+const RowKernels& row_kernels(Isa isa) noexcept {
+  switch (isa) {
+#if defined(FATHOM_HAVE_X86_KERNELS)
+    case Isa::kAmx:
+      return row_kernels_amx();
+    case Isa::kAvx512:
+      return row_kernels_avx512();
+    case Isa::kAvx2:
+      return row_kernels_avx2();
+#endif
+    default:
+      return row_kernels_scalar();
+  }
+}
+
+}  // namespace
+
+Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options) {
+  if (options.threads < 0 || options.threads > ThreadPool::kMaxThreads)
+    return Status(Code::kConfig, fmt::format("threads is {}, but must be in [0, {}]",
+                                             options.threads, ThreadPool::kMaxThreads))
+        .about("threads");
+  FATHOM_TRY_ASSIGN(const Isa isa, choose_isa(options.isa));
+  const int n_threads = options.threads > 0
+                            ? options.threads
+                            : std::min(usable_processors(), ThreadPool::kMaxThreads);
+  FATHOM_TRY_ASSIGN(std::unique_ptr<ThreadPool> threads, ThreadPool::create(n_threads));
+  const CpuContext context{.threads = threads.get(),
+                           .isa = isa,
+                           .numerics = options.numerics,
+                           .matmul = &matmul_kernels(isa),
+                           .rows = &row_kernels(isa)};
+  return std::unique_ptr<CpuBackend>(
+      new CpuBackend(options.name, options.isa, std::move(threads), context));
+}
+
+std::string CpuBackend::describe() const {
+  std::string text = fmt::format(
+      "{}: instruction set {} ({}), {} thread{}, numerics {}\n", name_, isa_name(context_.isa),
+      isa_option_ == "auto" ? "best that runs here" : "as configured", threads_->size(),
+      threads_->size() == 1 ? "" : "s", context_.numerics == Numerics::kFast ? "fast" : "exact");
+  text += fmt::format("  products with weights: {} kernels\n", context_.matmul->name);
+  text += fmt::format("  norm, rope, cache rows, attention: {} kernels{}\n", context_.rows->name,
+                      context_.isa == Isa::kAmx ? " (AVX-512 arithmetic, no tile products)" : "");
+  for (const IsaInfo& info : cpu_isas())
+    if (!info.available) text += fmt::format("  not {}: {}\n", info.name, info.reason);
+  return text;
+}
+
+// ---- memory -----------------------------------------------------------------------------------
+
+int64_t CpuBackend::granularity() const noexcept {
+  return host_page_bytes();
+}
+MemoryState CpuBackend::memory() const noexcept {
+  return host_memory_state();
+}
+int64_t CpuBackend::runtime_bytes() const noexcept {
+  return static_cast<int64_t>(sizeof(*this)) + threads_->runtime_bytes();
+}
+Result<void*> CpuBackend::reserve(int64_t bytes) noexcept {
+  return host_reserve(bytes, kHugePages);
+}
+Status CpuBackend::commit(void* base, int64_t offset, int64_t bytes) noexcept {
+  return host_commit(base, offset, bytes);
+}
+void CpuBackend::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
+  host_decommit(base, offset, bytes, kHugePages);
+}
+void CpuBackend::release(void* base, int64_t bytes) noexcept {
+  host_release(base, bytes);
+}
+Status CpuBackend::upload(void* device, const void* host, int64_t bytes) noexcept {
+  if (bytes > 0) std::memcpy(device, host, static_cast<size_t>(bytes));
+  return {};
+}
+Status CpuBackend::download(void* host, const void* device, int64_t bytes) noexcept {
+  if (bytes > 0) std::memcpy(host, device, static_cast<size_t>(bytes));
+  return {};
+}
+
+// ---- weights ----------------------------------------------------------------------------------
+
+Status CpuBackend::weight_layout(Weight& weight) const noexcept {
+  return cpu::weight_layout(weight);
+}
+Status CpuBackend::store_rows(const Weight& weight, int64_t index, int64_t first_row,
+                              int64_t n_rows, const void* rows) noexcept {
+  return cpu::store_rows(weight, index, first_row, n_rows, rows);
+}
+Status CpuBackend::store_scales(const Weight& weight, int64_t index, const float* scales) noexcept {
+  return cpu::store_scales(weight, index, scales);
+}
+
+// ---- workspace --------------------------------------------------------------------------------
+
+int64_t CpuBackend::workspace_bytes(const MatmulParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+int64_t CpuBackend::workspace_bytes(const HeadsMatmulParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+int64_t CpuBackend::workspace_bytes(const AttendAbsorbedParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+int64_t CpuBackend::workspace_bytes(const AttendExpandedParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+int64_t CpuBackend::workspace_bytes(const FfnParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+int64_t CpuBackend::workspace_bytes(const ExpertsParams& p) const noexcept {
+  return cpu::workspace_bytes(context_, p);
+}
+
+// ---- operations -------------------------------------------------------------------------------
+
+void CpuBackend::embed(const OpContext& op, const EmbedParams& p) noexcept {
+  cpu::embed(context_, op, p);
+}
+void CpuBackend::rms_norm(const OpContext&, const RmsNormParams& p) noexcept {
+  cpu::rms_norm(context_, p);
+}
+void CpuBackend::matmul(const OpContext& op, const MatmulParams& p) noexcept {
+  cpu::matmul(context_, op, p);
+}
+void CpuBackend::heads_matmul(const OpContext& op, const HeadsMatmulParams& p) noexcept {
+  cpu::heads_matmul(context_, op, p);
+}
+void CpuBackend::rope_table(const OpContext&, const RopeTableParams& p) noexcept {
+  cpu::rope_table(context_, p);
+}
+void CpuBackend::rope(const OpContext&, const RopeParams& p) noexcept {
+  cpu::rope(context_, p);
+}
+void CpuBackend::kv_append(const OpContext&, const KvAppendParams& p) noexcept {
+  cpu::kv_append(context_, p);
+}
+void CpuBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept {
+  cpu::attend_absorbed(context_, op, p);
+}
+void CpuBackend::attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept {
+  cpu::attend_expanded(context_, op, p);
+}
+void CpuBackend::route(const OpContext&, const RouteParams& p) noexcept {
+  cpu::route(context_, p);
+}
+void CpuBackend::ffn(const OpContext& op, const FfnParams& p) noexcept {
+  cpu::ffn(context_, op, p);
+}
+void CpuBackend::experts(const OpContext& op, const ExpertsParams& p) noexcept {
+  cpu::experts(context_, op, p);
+}
+
+}  // namespace cpu
+}  // namespace fathom

@@ -1,0 +1,32 @@
+// Operations on rows of activations: norm, RoPE, and writing rows into the cache.  Contracts of the
+// parameters: fathom/backend.hpp.
+#pragma once
+
+#include "cpu/cpu_context.h"
+
+namespace fathom::cpu {
+
+void rms_norm(const CpuContext&, const RmsNormParams&) noexcept;
+void rope_table(const CpuContext&, const RopeTableParams&) noexcept;
+void rope(const CpuContext&, const RopeParams&) noexcept;
+void kv_append(const CpuContext&, const KvAppendParams&) noexcept;
+
+// Rows of `row_values` values each are handed to the threads in groups of this many: enough work
+// to be worth the hand-off.
+constexpr int64_t rows_per_task(int64_t row_values) noexcept {
+  constexpr int64_t kTaskValues = 16384;
+  return row_values >= kTaskValues ? 1 : (kTaskValues + row_values - 1) / (row_values + 1) + 1;
+}
+
+// Calls fn(first, end) for groups of rows on the threads of the context.
+template <class F>
+void for_row_groups(const CpuContext& context, int64_t n_rows, int64_t row_values,
+                    F&& fn) noexcept {
+  const int64_t group = rows_per_task(row_values);
+  context.threads->parallel_for((n_rows + group - 1) / group, [&](int64_t task, int) {
+    const int64_t first = task * group;
+    fn(first, first + group < n_rows ? first + group : n_rows);
+  });
+}
+
+}  // namespace fathom::cpu
