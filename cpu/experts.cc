@@ -1,0 +1,140 @@
+// experts: rows of a chunk grouped by expert, so that each expert's weights are read once.
+//
+//   1. group   counting sort of the (token, k) pairs by expert id
+//   2. hidden  tasks (expert, slice of gate and up): hidden values of the expert's rows
+//   3. down    tasks (slice of the output columns), each passing over all experts in ascending id:
+//              no two tasks write the same value, and the order of the sum is fixed
+#include <algorithm>
+
+#include "cpu/ffn.h"
+#include "cpu/matmul.h"
+
+namespace fathom::cpu {
+namespace {
+
+struct ExpertsScratch {
+  int32_t* first;     // [n_experts + 1] first pair of each expert in the sorted order
+  int32_t* active;    // [n_experts] experts that have rows, ascending
+  int32_t* tokens;    // [n_pairs] token of each sorted pair
+  float* weights;     // [n_pairs]
+  XBlock* x_blocks;   // [n_tokens, hidden_size / 32], when gate or up is computed in int8
+  std::byte* hidden;  // [n_pairs, hidden_row_bytes()]
+  FfnTiles tiles;
+};
+
+ExpertsScratch carve(Workspace& space, const CpuContext& ctx, const ExpertsParams& p) noexcept {
+  const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
+  ExpertsScratch s{};
+  s.first = space.take<int32_t>(p.gate->count + 1);
+  s.active = space.take<int32_t>(p.gate->count);
+  s.tokens = space.take<int32_t>(n_pairs);
+  s.weights = space.take<float>(n_pairs);
+  const auto int8 = [&](const Weight* w) {
+    return uses_method(ctx, *w, p.n_tokens, false, Method::kInt8);
+  };
+  if (int8(p.gate) || int8(p.up)) s.x_blocks = space.take<XBlock>(p.n_tokens * (p.gate->cols / 32));
+  s.hidden = space.take<std::byte>(n_pairs * hidden_row_bytes(ctx, *p.down, n_pairs));
+  s.tiles = carve_tiles(space, ctx, n_pairs, *p.gate, *p.up, *p.down);
+  return s;
+}
+
+// Fills first, active, tokens and weights; returns the number of active experts.
+int64_t group_pairs(const ExpertsParams& p, const ExpertsScratch& s) noexcept {
+  const int64_t n_experts = p.gate->count;
+  const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
+  const auto known = [&](int32_t id) { return id >= 0 && id < n_experts; };
+  std::fill_n(s.first, n_experts + 1, 0);
+  for (int64_t i = 0; i < n_pairs; ++i)
+    if (known(p.ids[i])) ++s.first[p.ids[i] + 1];
+  int64_t n_active = 0;
+  for (int64_t e = 0; e < n_experts; ++e) {
+    if (s.first[e + 1] > 0) s.active[n_active++] = static_cast<int32_t>(e);
+    s.first[e + 1] += s.first[e];
+  }
+  // Placing moves each start to the next one; the second pass moves them back.
+  for (int64_t i = 0; i < n_pairs; ++i) {
+    if (!known(p.ids[i])) continue;
+    const int32_t at = s.first[p.ids[i]]++;
+    s.tokens[at] = static_cast<int32_t>(i / p.num_experts_per_tok);
+    s.weights[at] = p.weights[i];
+  }
+  for (int64_t e = n_experts; e > 0; --e) s.first[e] = s.first[e - 1];
+  s.first[0] = 0;
+  return n_active;
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const CpuContext& ctx, const ExpertsParams& p) noexcept {
+  Workspace space;
+  carve(space, ctx, p);
+  return space.used_bytes();
+}
+
+void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p) noexcept {
+  if (p.n_tokens == 0) return;
+  Workspace space(op);
+  const ExpertsScratch s = carve(space, ctx, p);
+  const int64_t n_active = group_pairs(p, s);
+  const int64_t hidden_size = p.gate->cols;
+  const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
+  const int64_t row_bytes = hidden_row_bytes(ctx, *p.down, n_pairs);
+  const auto rows_of = [&](int64_t e) { return int64_t{s.first[e + 1]} - s.first[e]; };
+
+  Activations x{.x = p.x, .x_stride = hidden_size};
+  if (s.x_blocks != nullptr) {
+    quantize_rows(ctx, p.x, hidden_size, p.n_tokens, hidden_size, s.x_blocks);
+    x.blocks = s.x_blocks;
+    x.block_stride = hidden_size / 32;
+  }
+
+  // Slices by the average: the cut is the same for all experts of a call.
+  const int64_t average_rows = (n_pairs + p.gate->count - 1) / p.gate->count;
+  int64_t groups = slice_groups(*p.gate, average_rows);
+  int64_t n_slices = slice_count(*p.gate, groups);
+  ctx.threads->parallel_for(n_active * n_slices, [&](int64_t task, int worker) {
+    const int64_t e = s.active[task / n_slices];
+    const int64_t n_rows = rows_of(e);
+    Activations rows = x;
+    rows.rows = s.tokens + s.first[e];
+    rows.n_rows = n_rows;
+    hidden_slice(ctx,
+                 {.gate = p.gate,
+                  .up = p.up,
+                  .index = e,
+                  .gate_method = choose_method(ctx, *p.gate, n_rows, false),
+                  .up_method = choose_method(ctx, *p.up, n_rows, false),
+                  .down_method = choose_method(ctx, *p.down, n_rows, false),
+                  .hidden_row_bytes = row_bytes,
+                  .slice = slice_at(*p.gate, groups, task % n_slices)},
+                 rows, s.tiles, worker, s.hidden + s.first[e] * row_bytes);
+  });
+
+  groups = slice_groups(*p.down, average_rows);
+  n_slices = slice_count(*p.down, groups);
+  ctx.threads->parallel_for(n_slices, [&](int64_t task, int worker) {
+    const Slice slice = slice_at(*p.down, groups, task);
+    float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
+    const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);
+    float* panels = worker_part(s.tiles.panels, worker, kPanelFloats);
+    for (int64_t a = 0; a < n_active; ++a) {
+      const int64_t e = s.active[a];
+      const int64_t n_rows = rows_of(e);
+      const Method method = choose_method(ctx, *p.down, n_rows, false);
+      const Activations h =
+          hidden_rows(method, s.hidden + s.first[e] * row_bytes, row_bytes, n_rows);
+      for (int64_t row = 0; row < n_rows; row += block_rows) {
+        const int64_t n = std::min(block_rows, n_rows - row);
+        multiply_slice(ctx, method, *p.down, e, slice, sub_rows(h, row, n), panels, tile,
+                       slice.n_rows, false);
+        for (int64_t i = 0; i < n; ++i) {
+          const int64_t pair = s.first[e] + row + i;
+          ctx.matmul->add_scaled(s.weights[pair], tile + i * slice.n_rows, slice.n_rows,
+                                 p.out + s.tokens[pair] * p.down->rows + slice.row0);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace fathom::cpu

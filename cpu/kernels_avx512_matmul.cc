@@ -1,0 +1,13 @@
+// Products with stored weights for AVX-512: the shared body over this set's vectors.
+#include "cpu/simd_avx512.h"
+// The body is written in the names of the vectors.
+#include "cpu/matmul_body.h"
+
+namespace fathom::cpu {
+
+const MatmulKernels& matmul_kernels_avx512() noexcept {
+  static constexpr MatmulKernels kTable = table("avx512", INT64_MAX);
+  return kTable;
+}
+
+}  // namespace fathom::cpu

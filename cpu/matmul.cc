@@ -1,0 +1,186 @@
+// embed, matmul and heads_matmul: work cut by shape, slices computed by product.h.
+#include "cpu/matmul.h"
+
+#include <algorithm>
+
+#include "cpu/product.h"
+
+namespace fathom::cpu {
+namespace {
+
+struct MatmulScratch {
+  XBlock* blocks;  // [n_rows, cols / 32] when some number of rows is computed in int8
+  float* panels;   // [workers, kPanelFloats] when some is computed with panels
+};
+
+// n_products independent products of n_rows rows each (heads), or one.
+MatmulScratch carve(Workspace& space, const CpuContext& ctx, const Weight& w, int64_t n_rows,
+                    int64_t n_products, bool exact) noexcept {
+  MatmulScratch s{};
+  if (uses_method(ctx, w, n_rows, exact, Method::kInt8))
+    s.blocks = space.take<XBlock>(n_products * n_rows * (w.cols / 32));
+  if (uses_method(ctx, w, n_rows, exact, Method::kPanel))
+    s.panels = space.take<float>(ctx.threads->size() * kPanelFloats);
+  return s;
+}
+
+// Transposed products go through tiles of dequantised weights [in rows, out columns]: as many
+// columns as a block of the type holds, as many rows as fit kPanelFloats.
+int64_t tile_columns(const Weight& w) noexcept {
+  return std::max<int64_t>(64, dtype_info(w.dtype).block_elements);
+}
+int64_t tile_rows(const Weight& w) noexcept {
+  return kPanelFloats / tile_columns(w);
+}
+
+struct TransposedScratch {
+  float* tiles;  // [workers, kPanelFloats]
+};
+TransposedScratch carve_transposed(Workspace& space, const CpuContext& ctx) noexcept {
+  return {space.take<float>(ctx.threads->size() * kPanelFloats)};
+}
+
+void heads_matmul_transposed(const CpuContext& ctx, const OpContext& op,
+                             const HeadsMatmulParams& p) noexcept {
+  Workspace space(op);
+  const TransposedScratch scratch = carve_transposed(space, ctx);
+  const Weight& w = *p.w;
+  const int64_t columns = tile_columns(w), rows = tile_rows(w);
+  const int64_t n_tiles = (w.cols + columns - 1) / columns;
+  const int64_t n_blocks = row_blocks(p.n_tokens);
+  ctx.threads->parallel_for(w.count * n_tiles * n_blocks, [&](int64_t task, int worker) {
+    const int64_t block = task % n_blocks;
+    const int64_t col0 = task / n_blocks % n_tiles * columns;
+    const int64_t head = task / n_blocks / n_tiles;
+    const int64_t n_cols = std::min(columns, w.cols - col0);
+    const int64_t token0 = block * kRowBlock;
+    float* tile = scratch.tiles + worker * kPanelFloats;
+    for (int64_t row0 = 0; row0 < w.rows; row0 += rows) {
+      const int64_t n_rows = std::min(rows, w.rows - row0);
+      unpack_tile(ctx, w, head, row0, n_rows, col0, n_cols, tile, columns);
+      for (int64_t c = 0; c < n_cols; c += kGroupRows) {
+        ctx.matmul->panel_product({
+            .x = p.x + token0 * p.x_token_stride + head * p.x_head_stride + row0,
+            .x_stride = p.x_token_stride,
+            .rows = nullptr,
+            .n_rows = std::min(kRowBlock, p.n_tokens - token0),
+            .panel = tile + c,
+            .panel_stride = columns,
+            .k = n_rows,
+            .out = p.out + token0 * p.out_token_stride + head * p.out_head_stride + col0 + c,
+            .out_stride = p.out_token_stride,
+            .n_cols = static_cast<int>(std::min<int64_t>(kGroupRows, n_cols - c)),
+            .add = row0 > 0,
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+
+const MatmulKernels& matmul_kernels(Isa isa) noexcept {
+#ifdef FATHOM_HAVE_X86_KERNELS
+  if (isa == Isa::kAvx2) return matmul_kernels_avx2();
+  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return matmul_kernels_avx512();
+#endif
+  static_cast<void>(isa);
+  return matmul_kernels_scalar();
+}
+
+void embed(const CpuContext& ctx, const OpContext&, const EmbedParams& p) noexcept {
+  const Weight& table = *p.table;
+  ctx.threads->parallel_for(p.n_tokens, [&](int64_t t, int) {
+    const int64_t row = p.tokens[t];
+    float* out = p.out + t * table.cols;
+    if (!is_packed(table)) {
+      unpack_tile(ctx, table, 0, row, 1, 0, table.cols, out, table.cols);
+      return;
+    }
+    alignas(64) float panel[kPanelCols * kGroupRows];
+    for (int64_t k = 0; k < table.cols; k += kPanelCols) {
+      const int64_t n = std::min(kPanelCols, table.cols - k);
+      unpack_rows16(ctx, table, 0, row / kGroupRows, k, n, panel);
+      for (int64_t i = 0; i < n; ++i) out[k + i] = panel[i * kGroupRows + row % kGroupRows];
+    }
+  });
+}
+
+int64_t workspace_bytes(const CpuContext& ctx, const MatmulParams& p) noexcept {
+  Workspace space;
+  carve(space, ctx, *p.w, p.n_rows, 1, p.exact);
+  return space.used_bytes();
+}
+
+void matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) noexcept {
+  if (p.n_rows == 0) return;
+  const Weight& w = *p.w;
+  const Method method = choose_method(ctx, w, p.n_rows, p.exact);
+  Workspace space(op);
+  const MatmulScratch scratch = carve(space, ctx, w, p.n_rows, 1, p.exact);
+  Activations x{.x = p.x, .x_stride = p.x_stride, .n_rows = p.n_rows};
+  if (method == Method::kInt8) {
+    quantize_rows(ctx, p.x, p.x_stride, p.n_rows, w.cols, scratch.blocks);
+    x.blocks = scratch.blocks;
+    x.block_stride = w.cols / 32;
+  }
+  const int64_t groups = slice_groups(w, p.n_rows);
+  const int64_t n_slices = slice_count(w, groups);
+  ctx.threads->parallel_for(row_blocks(p.n_rows) * n_slices, [&](int64_t task, int worker) {
+    const int64_t row0 = task / n_slices * kRowBlock;
+    const Slice slice = slice_at(w, groups, task % n_slices);
+    multiply_slice(ctx, method, w, 0, slice,
+                   sub_rows(x, row0, std::min(kRowBlock, p.n_rows - row0)),
+                   worker_part(scratch.panels, worker, kPanelFloats),
+                   p.out + row0 * p.out_stride + slice.row0, p.out_stride, p.add);
+  });
+}
+
+int64_t workspace_bytes(const CpuContext& ctx, const HeadsMatmulParams& p) noexcept {
+  Workspace space;
+  if (p.transposed)
+    carve_transposed(space, ctx);
+  else
+    carve(space, ctx, *p.w, p.n_tokens, p.w->count, false);
+  return space.used_bytes();
+}
+
+void heads_matmul(const CpuContext& ctx, const OpContext& op, const HeadsMatmulParams& p) noexcept {
+  if (p.n_tokens == 0) return;
+  if (p.transposed) {
+    heads_matmul_transposed(ctx, op, p);
+    return;
+  }
+  const Weight& w = *p.w;
+  const Method method = choose_method(ctx, w, p.n_tokens, false);
+  Workspace space(op);
+  const MatmulScratch scratch = carve(space, ctx, w, p.n_tokens, w.count, false);
+  const int64_t blocks_per_row = w.cols / 32;
+  if (method == Method::kInt8) {
+    ctx.threads->parallel_for(p.n_tokens, [&](int64_t t, int) {
+      for (int64_t head = 0; head < w.count; ++head)
+        ctx.matmul->quantize(p.x + t * p.x_token_stride + head * p.x_head_stride, w.cols,
+                             scratch.blocks + (t * w.count + head) * blocks_per_row);
+    });
+  }
+  const int64_t groups = slice_groups(w, p.n_tokens);
+  const int64_t n_slices = slice_count(w, groups), n_blocks = row_blocks(p.n_tokens);
+  ctx.threads->parallel_for(w.count * n_blocks * n_slices, [&](int64_t task, int worker) {
+    const Slice slice = slice_at(w, groups, task % n_slices);
+    const int64_t token0 = task / n_slices % n_blocks * kRowBlock;
+    const int64_t head = task / n_slices / n_blocks;
+    Activations x{
+        .x = p.x + head * p.x_head_stride, .x_stride = p.x_token_stride, .n_rows = p.n_tokens};
+    if (method == Method::kInt8) {
+      x.blocks = scratch.blocks + head * blocks_per_row;
+      x.block_stride = w.count * blocks_per_row;
+    }
+    multiply_slice(ctx, method, w, head, slice,
+                   sub_rows(x, token0, std::min(kRowBlock, p.n_tokens - token0)),
+                   worker_part(scratch.panels, worker, kPanelFloats),
+                   p.out + token0 * p.out_token_stride + head * p.out_head_stride + slice.row0,
+                   p.out_token_stride, false);
+  });
+}
+
+}  // namespace fathom::cpu

@@ -1,0 +1,500 @@
+// The kernels of matmul_kernels.h, written once over the vectors of simd_<isa>.h and compiled in
+// kernels_<isa>_matmul.cc with that file's flags.  Include the vectors first.
+//
+// Everything is local to the including file and no library function is called: a weak symbol built
+// for a newer processor could be picked by the linker for the whole program.
+#pragma once
+
+#include <stdint.h>
+
+#include "cpu/matmul_kernels.h"
+
+namespace fathom::cpu {
+namespace {
+
+constexpr int kHalves = kGroupRows / kLanes;  // vectors that 16 rows take
+
+// ---- packed types: how 32 columns of one half (kLanes rows) are read ----
+//
+// Factors: what is constant in a block.   Columns32: codes and scales of 32 columns.
+// value = scale * code - min.
+
+struct Factors {
+  F d, dmin;
+};
+
+struct Columns32 {
+  B w[8];              // quad q
+  F scale = f_zero();  // of all 32, or of the first 16
+  F scale_high = f_zero();
+  F min = f_zero();
+};
+
+inline void load_nibbles(const uint8_t* codes, Columns32& c) {
+  for (int j = 0; j < 4; ++j) {
+    const B pairs = b_load(codes + 64 * j);
+    c.w[j] = b_low4(pairs);
+    c.w[j + 4] = b_high4(pairs);
+  }
+}
+
+struct ReadQ8_0 : PackedQ8_0 {
+  static constexpr bool kSigned = true, kMin = false, kTwoScales = false;
+  static constexpr int kMaxCode = 127, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half), f_zero()};
+  }
+  static void read(const uint8_t* block, int, int half, const Factors& f, Columns32& c) {
+    const uint8_t* codes = block + kCodes + 4 * kLanes * half;
+    for (int q = 0; q < 8; ++q) c.w[q] = b_signed(b_load(codes + 64 * q));
+    c.scale = f.d;
+  }
+};
+
+// q - 8 is written as scale * q - min with min = 8 d.
+struct ReadQ4_0 : PackedQ4_0 {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr int kMaxCode = 15, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    const F d = f_load_f16(block + 2 * kLanes * half);
+    return {d, f_mul(d, f_set(8.0f))};
+  }
+  static void read(const uint8_t* block, int, int half, const Factors& f, Columns32& c) {
+    load_nibbles(block + kCodes + 4 * kLanes * half, c);
+    c.scale = f.d;
+    c.min = f.dmin;
+  }
+};
+
+struct ReadQ4_K : PackedQ4_K {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr int kMaxCode = 15, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half),
+            f_load_f16(block + kMinFactors + 2 * kLanes * half)};
+  }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    load_nibbles(block + kCodes + 256 * sub + 4 * kLanes * half, c);
+    c.scale = f_mul(f.d, f_load_u8(block + kScales + 16 * sub + kLanes * half));
+    c.min = f_mul(f.dmin, f_load_u8(block + kMins + 16 * sub + kLanes * half));
+  }
+};
+
+struct ReadQ5_K : PackedQ5_K {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr int kMaxCode = 31, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) { return ReadQ4_K::factors(block, half); }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    ReadQ4_K::read(block, sub, half, f, c);
+    const B bits = b_load(block + kHigh + 64 * sub + 4 * kLanes * half);
+    c.w[0] = b_fifth_bit<0>(c.w[0], bits);
+    c.w[1] = b_fifth_bit<1>(c.w[1], bits);
+    c.w[2] = b_fifth_bit<2>(c.w[2], bits);
+    c.w[3] = b_fifth_bit<3>(c.w[3], bits);
+    c.w[4] = b_fifth_bit<4>(c.w[4], bits);
+    c.w[5] = b_fifth_bit<5>(c.w[5], bits);
+    c.w[6] = b_fifth_bit<6>(c.w[6], bits);
+    c.w[7] = b_fifth_bit<7>(c.w[7], bits);
+  }
+};
+
+// Codes are kept at 0 .. 63; the bias of the activations takes 32 off (kOffset).
+struct ReadQ6_K : PackedQ6_K {
+  static constexpr bool kSigned = false, kMin = false, kTwoScales = true;
+  static constexpr int kMaxCode = 63, kOffset = 32;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half), f_zero()};
+  }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    load_nibbles(block + kCodes + 256 * sub + 4 * kLanes * half, c);
+    const B low = b_load(block + kHigh + 128 * sub + 4 * kLanes * half);
+    const B high = b_load(block + kHigh + 128 * sub + 64 + 4 * kLanes * half);
+    c.w[0] = b_high_bits<0>(c.w[0], low);
+    c.w[1] = b_high_bits<1>(c.w[1], low);
+    c.w[2] = b_high_bits<2>(c.w[2], low);
+    c.w[3] = b_high_bits<3>(c.w[3], low);
+    c.w[4] = b_high_bits<0>(c.w[4], high);
+    c.w[5] = b_high_bits<1>(c.w[5], high);
+    c.w[6] = b_high_bits<2>(c.w[6], high);
+    c.w[7] = b_high_bits<3>(c.w[7], high);
+    const uint8_t* scales = block + kScales + 32 * sub + kLanes * half;
+    c.scale = f_mul(f.d, f_load_i8(scales));
+    c.scale_high = f_mul(f.d, f_load_i8(scales + 16));
+  }
+};
+
+// ---- integer products ----
+
+template <class Type>
+inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
+  if constexpr (Type::kTwoScales) {
+    const I low = i_add(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q), i_set(x.bias[0]));
+    const I high = i_add(i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16), i_set(x.bias[1]));
+    const F scale = f_set(x.scale);
+    sum = f_fma(f_mul(f_from_i(low), c.scale), scale, sum);
+    return f_fma(f_mul(f_from_i(high), c.scale_high), scale, sum);
+  } else {
+    I dot;
+    if constexpr (Type::kSigned)
+      dot = i_dot_signed(c.w, x);
+    else
+      dot = i_dot_unsigned<Type::kMaxCode, 8>(c.w, x.q);
+    sum = f_fma(f_mul(f_from_i(dot), c.scale), f_set(x.scale), sum);
+    if constexpr (Type::kMin) sum = f_fnma(c.min, f_set(x.scaled_sum), sum);
+    return sum;
+  }
+}
+
+// One row group times kRows rows of activations.
+template <class Type, int kRows>
+void int8_tile(const uint8_t* group, int64_t n_blocks, const XBlock* const* x_rows,
+               float* const* out, int n_cols, bool add) {
+  constexpr int kSubs = Type::kBlock.cols / 32;
+  F sum[kHalves][kRows];
+  for (int h = 0; h < kHalves; ++h)
+    for (int r = 0; r < kRows; ++r) sum[h][r] = f_zero();
+  int64_t at = 0;
+  for (int64_t b = 0; b < n_blocks; ++b, group += Type::kBlock.bytes) {
+    Factors factors[kHalves];
+    for (int h = 0; h < kHalves; ++h) factors[h] = Type::factors(group, h);
+    for (int s = 0; s < kSubs; ++s, ++at) {
+      for (int h = 0; h < kHalves; ++h) {
+        Columns32 c;
+        Type::read(group, s, h, factors[h], c);
+        for (int r = 0; r < kRows; ++r) sum[h][r] = add_columns<Type>(c, x_rows[r][at], sum[h][r]);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int h = 0; h < kHalves; ++h) {
+      float* to = out[r] + kLanes * h;
+      const int n = n_cols - kLanes * h;
+      if (add) sum[h][r] = f_add(sum[h][r], f_load_first(to, n));
+      f_store_first(to, sum[h][r], n);
+    }
+  }
+}
+
+constexpr int kInt8Rows = 8;
+
+template <class Type>
+void int8_product(const Int8Product& p) {
+  const int64_t group_bytes = p.n_blocks * Type::kBlock.bytes;
+  for (int64_t g = 0; g < p.n_groups; ++g) {
+    const uint8_t* group = p.weights + g * group_bytes;
+    const int64_t left = p.n_cols - kGroupRows * g;
+    const int n_cols = left < kGroupRows ? static_cast<int>(left) : kGroupRows;
+    const XBlock* x[kInt8Rows];
+    float* out[kInt8Rows];
+    for (int64_t row = 0; row < p.n_rows;) {
+      const int64_t rows_left = p.n_rows - row;
+      const int n = rows_left >= 8 ? 8 : rows_left >= 4 ? 4 : rows_left >= 2 ? 2 : 1;
+      for (int r = 0; r < n; ++r) {
+        x[r] = p.x + (p.rows ? p.rows[row + r] : row + r) * p.x_stride;
+        out[r] = p.out + (row + r) * p.out_stride + kGroupRows * g;
+      }
+      switch (n) {
+        case 8:
+          int8_tile<Type, 8>(group, p.n_blocks, x, out, n_cols, p.add);
+          break;
+        case 4:
+          int8_tile<Type, 4>(group, p.n_blocks, x, out, n_cols, p.add);
+          break;
+        case 2:
+          int8_tile<Type, 2>(group, p.n_blocks, x, out, n_cols, p.add);
+          break;
+        default:
+          int8_tile<Type, 1>(group, p.n_blocks, x, out, n_cols, p.add);
+          break;
+      }
+      row += n;
+    }
+  }
+}
+
+void quantize(const float* x, int64_t n, XBlock* out) {
+  constexpr int kVectors = 32 / kLanes;
+  for (int64_t b = 0; b < n / 32; ++b, x += 32) {
+    F v[kVectors];
+    F largest = f_zero(), probe = f_zero();
+    for (int i = 0; i < kVectors; ++i) {
+      v[i] = f_load(x + kLanes * i);
+      largest = f_max(f_abs(v[i]), largest);
+      probe = f_fma(v[i], f_zero(), probe);  // NaN if any value is not finite
+    }
+    const float max = f_max_lane(largest);
+    XBlock& block = out[b];
+    block.scale = max / 127.0f + f_sum(probe);
+    // Below 2^-120 the inverse would overflow; such values count as zero.
+    const F inverse = f_set(max > 0x1p-120f ? 127.0f / max : 0.0f);
+    int32_t sum[2] = {0, 0};
+    for (int i = 0; i < kVectors; ++i) {
+      // The bounds only matter for NaN, which max() turns into the number.
+      const F scaled = f_max(f_mul(v[i], inverse), f_set(-127.0f));
+      const I q = f_to_i(f_min(scaled, f_set(127.0f)));
+      i_store_i8(block.q + kLanes * i, q);
+      sum[kLanes * i / 16] += i_sum(q);
+    }
+    block.scaled_sum = block.scale * static_cast<float>(sum[0] + sum[1]);
+    block.bias[0] = -32 * sum[0];
+    block.bias[1] = -32 * sum[1];
+  }
+}
+
+// ---- panels of f32 ----
+
+// Column kByte of a quad.  value = scale * (code - kOffset) - min; the products are exact in f32
+// but for the last one, as in dequantize(), so the bits are the same whether or not the subtraction
+// is fused.
+template <class Type, int kByte>
+inline void unpack_column(B quad, F scale, F min, float* panel) {
+  F code;
+  if constexpr (Type::kSigned)
+    code = f_from_i(i_signed_byte<kByte>(quad));
+  else
+    code = f_from_i(i_byte<kByte>(quad));
+  if constexpr (Type::kOffset != 0) code = f_sub(code, f_set(static_cast<float>(Type::kOffset)));
+  F value = f_mul(scale, code);
+  if constexpr (Type::kMin) value = f_sub(value, min);
+  f_store(panel + kByte * kGroupRows, value);
+}
+
+template <class Type>
+void unpack(const uint8_t* group, int64_t col0, int64_t n_cols, float* panel) {
+  for (int64_t col = col0; col < col0 + n_cols; col += 32, panel += 32 * kGroupRows) {
+    const uint8_t* block = group + col / Type::kBlock.cols * Type::kBlock.bytes;
+    const int sub = static_cast<int>(col % Type::kBlock.cols / 32);
+    for (int h = 0; h < kHalves; ++h) {
+      Columns32 c;
+      Type::read(block, sub, h, Type::factors(block, h), c);
+      for (int q = 0; q < 8; ++q) {
+        const F scale = Type::kTwoScales && q >= 4 ? c.scale_high : c.scale;
+        float* to = panel + 4 * q * kGroupRows + kLanes * h;
+        unpack_column<Type, 0>(c.w[q], scale, c.min, to);
+        unpack_column<Type, 1>(c.w[q], scale, c.min, to);
+        unpack_column<Type, 2>(c.w[q], scale, c.min, to);
+        unpack_column<Type, 3>(c.w[q], scale, c.min, to);
+      }
+    }
+  }
+}
+
+// kRows rows of activations times a panel of 16 columns.
+template <int kRows>
+void panel_tile(const PanelProduct& p, int64_t row0) {
+  const float* x[kRows];
+  F sum[kRows][kHalves];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = p.x + (p.rows ? p.rows[row0 + r] : row0 + r) * p.x_stride;
+    const float* out = p.out + (row0 + r) * p.out_stride;
+    for (int h = 0; h < kHalves; ++h)
+      sum[r][h] = p.add ? f_load_first(out + kLanes * h, p.n_cols - kLanes * h) : f_zero();
+  }
+  const float* panel = p.panel;
+  for (int64_t k = 0; k < p.k; ++k, panel += p.panel_stride) {
+    F w[kHalves];
+    for (int h = 0; h < kHalves; ++h) w[h] = f_load(panel + kLanes * h);
+    for (int r = 0; r < kRows; ++r) {
+      const F value = f_set(x[r][k]);
+      for (int h = 0; h < kHalves; ++h) sum[r][h] = f_fma(value, w[h], sum[r][h]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float* out = p.out + (row0 + r) * p.out_stride;
+    for (int h = 0; h < kHalves; ++h)
+      f_store_first(out + kLanes * h, sum[r][h], p.n_cols - kLanes * h);
+  }
+}
+
+template <int kRows>
+void panel_rest(const PanelProduct& p, int64_t row0, int64_t n) {
+  if constexpr (kRows > 0) {
+    if (n == kRows)
+      panel_tile<kRows>(p, row0);
+    else
+      panel_rest<kRows - 1>(p, row0, n);
+  }
+}
+
+void panel_product(const PanelProduct& p) {
+  int64_t row = 0;
+  for (; row + kPanelRows <= p.n_rows; row += kPanelRows) panel_tile<kPanelRows>(p, row);
+  panel_rest<kPanelRows - 1>(p, row, p.n_rows - row);
+}
+
+// ---- plain element types ----
+
+struct ReadF32 {
+  static constexpr int kBytes = 4;
+  static F load(const void* p) { return f_load(static_cast<const float*>(p)); }
+};
+struct ReadF16 {
+  static constexpr int kBytes = 2;
+  static F load(const void* p) { return f_load_f16(p); }
+};
+struct ReadBF16 {
+  static constexpr int kBytes = 2;
+  static F load(const void* p) { return f_load_bf16(p); }
+};
+struct ReadF8 {
+  static constexpr int kBytes = 1;
+  static F load(const void* p) { return f_load_f8(p); }
+};
+
+// The last n < kLanes values, the other lanes zero.
+template <class Type>
+inline F load_rest(const uint8_t* p, int64_t n) {
+  uint8_t rest[kLanes * Type::kBytes] = {};
+  __builtin_memcpy(rest, p, static_cast<uint64_t>(n * Type::kBytes));
+  return Type::load(rest);
+}
+
+template <class Type>
+void widen(const void* weights, int64_t n, float scale, float* out) {
+  const auto* w = static_cast<const uint8_t*>(weights);
+  const F factor = f_set(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    f_store(out + i, f_mul(Type::load(w + i * Type::kBytes), factor));
+  if (i < n)
+    f_store_first(out + i, f_mul(load_rest<Type>(w + i * Type::kBytes, n - i), factor),
+                  static_cast<int>(n - i));
+}
+
+template <class Type, int kRows>
+void dot_rows(const PlainDot& p) {
+  // One row of activations has too few independent sums to hide the latency; it gets more.
+  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+  const auto* w = static_cast<const uint8_t*>(p.weights);
+  const float* x[kRows];
+  F sum[kRows][kChains];
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = p.x + (p.rows ? p.rows[r] : r) * p.x_stride;
+    for (int c = 0; c < kChains; ++c) sum[r][c] = f_zero();
+  }
+  int64_t i = 0;
+  for (; i + kLanes * kChains <= p.n; i += kLanes * kChains) {
+    for (int c = 0; c < kChains; ++c) {
+      const F value = Type::load(w + (i + kLanes * c) * Type::kBytes);
+      for (int r = 0; r < kRows; ++r)
+        sum[r][c] = f_fma(value, f_load(x[r] + i + kLanes * c), sum[r][c]);
+    }
+  }
+  for (; i < p.n; i += kLanes) {
+    const int64_t left = p.n - i;
+    const F value = left >= kLanes ? Type::load(w + i * Type::kBytes)
+                                   : load_rest<Type>(w + i * Type::kBytes, left);
+    const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
+    for (int r = 0; r < kRows; ++r)
+      sum[r][0] = f_fma(value, f_load_first(x[r] + i, lanes), sum[r][0]);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    F total = sum[r][0];
+    for (int c = 1; c < kChains; ++c) total = f_add(total, sum[r][c]);
+    p.sums[r] += p.scale * f_sum(total);
+  }
+}
+
+template <class Type>
+void plain_dot(const PlainDot& p) {
+  switch (p.n_rows) {
+    case 1:
+      dot_rows<Type, 1>(p);
+      break;
+    case 2:
+      dot_rows<Type, 2>(p);
+      break;
+    case 3:
+      dot_rows<Type, 3>(p);
+      break;
+    case 4:
+      dot_rows<Type, 4>(p);
+      break;
+    default:
+      break;
+  }
+}
+
+// ---- small things ----
+
+void transpose16(const float* rows, int64_t row_stride, int64_t n, float* panel) {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes)
+    for (int h = 0; h < kHalves; ++h)
+      transpose_tile(rows + kLanes * h * row_stride + k, row_stride,
+                     panel + k * kGroupRows + kLanes * h, kGroupRows);
+  for (; k < n; ++k)
+    for (int r = 0; r < kGroupRows; ++r) panel[k * kGroupRows + r] = rows[r * row_stride + k];
+}
+
+void untranspose16(const float* panel, int64_t n, float* rows, int64_t row_stride) {
+  int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes)
+    for (int h = 0; h < kHalves; ++h)
+      transpose_tile(panel + k * kGroupRows + kLanes * h, kGroupRows,
+                     rows + kLanes * h * row_stride + k, row_stride);
+  for (; k < n; ++k)
+    for (int r = 0; r < kGroupRows; ++r) rows[r * row_stride + k] = panel[k * kGroupRows + r];
+}
+
+// exp(v) to 2 ulp: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; ln 2 in two parts, Taylor
+// coefficients to degree 7.
+inline F exp_vector(F v) {
+  v = f_min(f_max(v, f_set(-87.0f)), f_set(88.0f));
+  const F n = f_round(f_mul(v, f_set(1.44269504088896341f)));
+  F r = f_fnma(n, f_set(0.693145751953125f), v);
+  r = f_fnma(n, f_set(1.42860682030941723e-6f), r);
+  F p = f_set(1.0f / 5040);
+  p = f_fma(p, r, f_set(1.0f / 720));
+  p = f_fma(p, r, f_set(1.0f / 120));
+  p = f_fma(p, r, f_set(1.0f / 24));
+  p = f_fma(p, r, f_set(1.0f / 6));
+  p = f_fma(p, r, f_set(0.5f));
+  p = f_fma(p, r, f_set(1.0f));
+  p = f_fma(p, r, f_set(1.0f));
+  return f_scale2(p, n);
+}
+
+inline F swiglu_vector(F gate, F up) {
+  const F one = f_set(1.0f);
+  return f_mul(f_div(gate, f_add(one, exp_vector(f_sub(f_zero(), gate)))), up);
+}
+
+void swiglu(const float* gate, const float* up, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    f_store_first(out + i, swiglu_vector(f_load_first(gate + i, left), f_load_first(up + i, left)),
+                  left);
+  }
+}
+
+void add_scaled(float a, const float* x, int64_t n, float* y) {
+  const F factor = f_set(a);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    f_store_first(y + i, f_fma(factor, f_load_first(x + i, left), f_load_first(y + i, left)), left);
+  }
+}
+
+constexpr MatmulKernels table(const char* name, int64_t int8_max_rows) {
+  return {
+      .name = name,
+      .int8_max_rows = int8_max_rows,
+      .panel_rows = kPanelRows,
+      .quantize = quantize,
+      .int8_product = {int8_product<ReadQ8_0>, int8_product<ReadQ4_0>, int8_product<ReadQ4_K>,
+                       int8_product<ReadQ5_K>, int8_product<ReadQ6_K>},
+      .unpack = {unpack<ReadQ8_0>, unpack<ReadQ4_0>, unpack<ReadQ4_K>, unpack<ReadQ5_K>,
+                 unpack<ReadQ6_K>},
+      .widen = {widen<ReadF32>, widen<ReadF16>, widen<ReadBF16>, widen<ReadF8>},
+      .plain_dot = {plain_dot<ReadF32>, plain_dot<ReadF16>, plain_dot<ReadBF16>, plain_dot<ReadF8>},
+      .transpose16 = transpose16,
+      .untranspose16 = untranspose16,
+      .panel_product = panel_product,
+      .swiglu = swiglu,
+      .add_scaled = add_scaled,
+  };
+}
+
+}  // namespace
+}  // namespace fathom::cpu

@@ -1,0 +1,227 @@
+// Vectors of AVX2 under the names that matmul_body.h is written in: 8 lanes.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#include "cpu/matmul_kernels.h"
+
+namespace fathom::cpu {
+namespace {
+
+using F = __m256;   // 8 floats
+using I = __m256i;  // 8 int32
+using B = __m256i;  // 32 bytes: 8 rows of 4 columns
+constexpr int kLanes = 8;
+constexpr int kPanelRows = 6;  // rows of a panel product: 2 x 6 sums, 2 weights, 1 activation
+
+inline F f_zero() {
+  return _mm256_setzero_ps();
+}
+inline F f_set(float v) {
+  return _mm256_set1_ps(v);
+}
+inline F f_load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline void f_store(float* p, F v) {
+  _mm256_storeu_ps(p, v);
+}
+inline I first_lanes(int n) {
+  const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+}
+// The first n lanes, the others zero or untouched; n may be negative or more than kLanes.
+inline F f_load_first(const float* p, int n) {
+  return _mm256_maskload_ps(p, first_lanes(n));
+}
+inline void f_store_first(float* p, F v, int n) {
+  _mm256_maskstore_ps(p, first_lanes(n), v);
+}
+inline F f_add(F a, F b) {
+  return _mm256_add_ps(a, b);
+}
+inline F f_sub(F a, F b) {
+  return _mm256_sub_ps(a, b);
+}
+inline F f_mul(F a, F b) {
+  return _mm256_mul_ps(a, b);
+}
+inline F f_div(F a, F b) {
+  return _mm256_div_ps(a, b);
+}
+inline F f_max(F a, F b) {
+  return _mm256_max_ps(a, b);
+}
+inline F f_min(F a, F b) {
+  return _mm256_min_ps(a, b);
+}
+inline F f_fma(F a, F b, F c) {
+  return _mm256_fmadd_ps(a, b, c);
+}  // a b + c
+inline F f_fnma(F a, F b, F c) {
+  return _mm256_fnmadd_ps(a, b, c);
+}  // c - a b
+inline F f_abs(F v) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+}
+inline F f_round(F v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F f_from_i(I v) {
+  return _mm256_cvtepi32_ps(v);
+}
+inline I f_to_i(F v) {
+  return _mm256_cvtps_epi32(v);
+}
+// v * 2^n for integers n in [-126, 127].
+inline F f_scale2(F v, F n) {
+  const I bits =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(v, _mm256_castsi256_ps(bits));
+}
+inline float f_sum(F v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float f_max_lane(F v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline int32_t i_sum(I v) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+inline I i_add(I a, I b) {
+  return _mm256_add_epi32(a, b);
+}
+// Eight integers of int8 range as bytes.
+inline void i_store_i8(int8_t* p, I v) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+
+// Eight values of a narrower type.
+inline F f_load_f16(const void* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline F f_load_bf16(const void* p) {
+  const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline F f_load_u8(const void* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+inline F f_load_i8(const void* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+}
+// E4M3 shifted into an f16 is 2^-8 of its value, subnormals included; 0x7f is NaN.
+inline F f_load_f8(const void* p) {
+  const __m128i code = _mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+  const __m128i magnitude = _mm_and_si128(code, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_and_si128(code, _mm_set1_epi16(0x80)), 8);
+  const __m128i nan =
+      _mm_and_si128(_mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7e00));
+  const __m128i half = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign), nan);
+  return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+}
+
+inline B b_load(const void* p) {
+  return _mm256_loadu_si256(static_cast<const B*>(p));
+}
+inline B b_low4(B v) {
+  return _mm256_and_si256(v, _mm256_set1_epi8(15));
+}
+inline B b_high4(B v) {
+  return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+}
+// codes + 16 * bit kBit of each byte of `bits`.
+template <int kBit>
+inline B b_fifth_bit(B codes, B bits) {
+  const B bit = kBit <= 4 ? _mm256_slli_epi16(bits, 4 - (kBit < 4 ? kBit : 4))
+                          : _mm256_srli_epi16(bits, kBit > 4 ? kBit - 4 : 0);
+  return _mm256_or_si256(codes, _mm256_and_si256(bit, _mm256_set1_epi8(16)));
+}
+// codes + 16 * bits 2 kPair, 2 kPair + 1 of each byte of `bits`.
+template <int kPair>
+inline B b_high_bits(B codes, B bits) {
+  const B two = kPair <= 2 ? _mm256_slli_epi16(bits, kPair < 2 ? 4 - 2 * kPair : 0)
+                           : _mm256_srli_epi16(bits, 2);
+  return _mm256_or_si256(codes, _mm256_and_si256(two, _mm256_set1_epi8(48)));
+}
+inline B b_quad(const int8_t* x) {
+  int32_t quad;
+  __builtin_memcpy(&quad, x, 4);
+  return _mm256_set1_epi32(quad);
+}
+
+// Signed codes as the dot product wants them.
+inline B b_signed(B v) {
+  return v;
+}
+// Byte kByte of each lane's four; of codes from b_signed() with their sign.
+template <int kByte>
+inline I i_byte(B v) {
+  return _mm256_and_si256(_mm256_srli_epi32(v, 8 * kByte), _mm256_set1_epi32(255));
+}
+template <int kByte>
+inline I i_signed_byte(B v) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * kByte), 24);
+}
+inline I i_pairs(B products) {
+  return _mm256_madd_epi16(products, _mm256_set1_epi16(1));
+}
+
+// sum of w[q] . x over eight quads, signed codes.
+// maddubs wants one unsigned side: |w| times x with w's sign.  2 * 128 * 127 fits 16 bits.
+inline I i_dot_signed(const B* w, const XBlock& x) {
+  I sum = _mm256_setzero_si256();
+  for (int q = 0; q < 8; ++q) {
+    const B signed_x = _mm256_sign_epi8(b_quad(x.q + 4 * q), w[q]);
+    sum = i_add(sum, i_pairs(_mm256_maddubs_epi16(_mm256_abs_epi8(w[q]), signed_x)));
+  }
+  return sum;
+}
+// The same for codes 0 .. kMaxCode: pairs are added in 16 bits as long as they fit.
+template <int kMaxCode, int kQuads>
+inline I i_dot_unsigned(const B* w, const int8_t* x) {
+  constexpr int kFit = 32767 / (2 * 127 * kMaxCode);
+  constexpr int kRun = kFit > kQuads ? kQuads : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
+  I sum = _mm256_setzero_si256();
+  for (int q = 0; q < kQuads; q += kRun) {
+    B run = _mm256_maddubs_epi16(w[q], b_quad(x + 4 * q));
+    for (int i = q + 1; i < q + kRun; ++i)
+      run = _mm256_add_epi16(run, _mm256_maddubs_epi16(w[i], b_quad(x + 4 * i)));
+    sum = i_add(sum, i_pairs(run));
+  }
+  return sum;
+}
+inline I i_set(int32_t v) {
+  return _mm256_set1_epi32(v);
+}
+
+// Eight rows of eight, transposed.
+inline void transpose_tile(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+  F a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = f_load(rows + i * stride);
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    f_store(out + i * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+    f_store(out + (i + 4) * out_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  }
+}
+
+}  // namespace
+}  // namespace fathom::cpu

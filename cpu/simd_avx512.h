@@ -1,0 +1,222 @@
+// Vectors of AVX-512 (F, BW, VL, DQ, VNNI) under the names that matmul_body.h is written in: 16
+// lanes.
+#pragma once
+
+// GCC 12's intrinsics pass deliberately undefined values, of which it then warns.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#include <stdint.h>
+
+#include "cpu/matmul_kernels.h"
+
+namespace fathom::cpu {
+namespace {
+
+using F = __m512;   // 16 floats
+using I = __m512i;  // 16 int32
+using B = __m512i;  // 64 bytes: 16 rows of 4 columns
+constexpr int kLanes = 16;
+constexpr int kPanelRows = 14;  // rows of a panel product: sums, and weights of two steps
+
+inline F f_zero() {
+  return _mm512_setzero_ps();
+}
+inline F f_set(float v) {
+  return _mm512_set1_ps(v);
+}
+inline F f_load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+inline void f_store(float* p, F v) {
+  _mm512_storeu_ps(p, v);
+}
+inline __mmask16 first_lanes(int n) {
+  return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1);
+}
+// The first n lanes, the others zero or untouched; n may be negative or more than kLanes.
+inline F f_load_first(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+inline void f_store_first(float* p, F v, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), v);
+}
+inline F f_add(F a, F b) {
+  return _mm512_add_ps(a, b);
+}
+inline F f_sub(F a, F b) {
+  return _mm512_sub_ps(a, b);
+}
+inline F f_mul(F a, F b) {
+  return _mm512_mul_ps(a, b);
+}
+inline F f_div(F a, F b) {
+  return _mm512_div_ps(a, b);
+}
+inline F f_max(F a, F b) {
+  return _mm512_max_ps(a, b);
+}
+inline F f_min(F a, F b) {
+  return _mm512_min_ps(a, b);
+}
+inline F f_fma(F a, F b, F c) {
+  return _mm512_fmadd_ps(a, b, c);
+}  // a b + c
+inline F f_fnma(F a, F b, F c) {
+  return _mm512_fnmadd_ps(a, b, c);
+}  // c - a b
+inline F f_abs(F v) {
+  return _mm512_abs_ps(v);
+}
+inline F f_round(F v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline F f_from_i(I v) {
+  return _mm512_cvtepi32_ps(v);
+}
+inline I f_to_i(F v) {
+  return _mm512_cvtps_epi32(v);
+}
+// v * 2^n for integers n.
+inline F f_scale2(F v, F n) {
+  return _mm512_scalef_ps(v, n);
+}
+inline float f_sum(F v) {
+  return _mm512_reduce_add_ps(v);
+}
+inline float f_max_lane(F v) {
+  return _mm512_reduce_max_ps(v);
+}
+inline int32_t i_sum(I v) {
+  return _mm512_reduce_add_epi32(v);
+}
+inline I i_add(I a, I b) {
+  return _mm512_add_epi32(a, b);
+}
+// Sixteen integers of int8 range as bytes.
+inline void i_store_i8(int8_t* p, I v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
+}
+
+// Sixteen values of a narrower type.
+inline F f_load_f16(const void* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+inline F f_load_bf16(const void* p) {
+  const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F f_load_u8(const void* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+inline F f_load_i8(const void* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+}
+// E4M3 shifted into an f16 is 2^-8 of its value, subnormals included; 0x7f is NaN.
+inline F f_load_f8(const void* p) {
+  const __m256i code = _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(code, _mm256_set1_epi16(0x80)), 8);
+  const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)),
+                                       _mm256_set1_epi16(0x7e00));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), nan);
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
+
+inline B b_load(const void* p) {
+  return _mm512_loadu_si512(p);
+}
+inline B b_low4(B v) {
+  return _mm512_and_si512(v, _mm512_set1_epi8(15));
+}
+inline B b_high4(B v) {
+  return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+}
+// codes + 16 * bit kBit of each byte of `bits`.
+template <int kBit>
+inline B b_fifth_bit(B codes, B bits) {
+  const B bit = kBit <= 4 ? _mm512_slli_epi16(bits, kBit <= 4 ? 4 - kBit : 0)
+                          : _mm512_srli_epi16(bits, kBit > 4 ? kBit - 4 : 0);
+  return _mm512_ternarylogic_epi32(codes, bit, _mm512_set1_epi8(16), 0xf8);  // a | b & c
+}
+// codes + 16 * bits 2 kPair, 2 kPair + 1 of each byte of `bits`.
+template <int kPair>
+inline B b_high_bits(B codes, B bits) {
+  const B two = kPair <= 2 ? _mm512_slli_epi16(bits, kPair < 2 ? 4 - 2 * kPair : 0)
+                           : _mm512_srli_epi16(bits, 2);
+  return _mm512_ternarylogic_epi32(codes, two, _mm512_set1_epi8(48), 0xf8);
+}
+inline I b_quad(const int8_t* x) {
+  int32_t quad;
+  __builtin_memcpy(&quad, x, 4);
+  return _mm512_set1_epi32(quad);
+}
+
+// dpbusd wants the weights unsigned: w + 128, which the bias takes back.
+inline B b_signed(B v) {
+  return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+}
+// Byte kByte of each lane's four; of codes from b_signed() with their sign.
+template <int kByte>
+inline I i_byte(B v) {
+  return _mm512_and_si512(_mm512_srli_epi32(v, 8 * kByte), _mm512_set1_epi32(255));
+}
+template <int kByte>
+inline I i_signed_byte(B v) {
+  return _mm512_sub_epi32(i_byte<kByte>(v), _mm512_set1_epi32(128));
+}
+inline I i_set(int32_t v) {
+  return _mm512_set1_epi32(v);
+}
+
+// sum of w[q] . x over eight quads, codes from b_signed().  Two chains hide the latency.
+inline I i_dot_signed(const B* w, const XBlock& x) {
+  I even = _mm512_slli_epi32(_mm512_set1_epi32(x.bias[0]), 2);  // -128 * sum of q
+  I odd = _mm512_slli_epi32(_mm512_set1_epi32(x.bias[1]), 2);
+  for (int q = 0; q < 8; q += 2) {
+    even = _mm512_dpbusd_epi32(even, w[q], b_quad(x.q + 4 * q));
+    odd = _mm512_dpbusd_epi32(odd, w[q + 1], b_quad(x.q + 4 * q + 4));
+  }
+  return i_add(even, odd);
+}
+// The same for codes 0 .. kMaxCode.
+template <int kMaxCode, int kQuads>
+inline I i_dot_unsigned(const B* w, const int8_t* x) {
+  I even = _mm512_setzero_si512(), odd = _mm512_setzero_si512();
+  for (int q = 0; q < kQuads; q += 2) {
+    even = _mm512_dpbusd_epi32(even, w[q], b_quad(x + 4 * q));
+    odd = _mm512_dpbusd_epi32(odd, w[q + 1], b_quad(x + 4 * q + 4));
+  }
+  return i_add(even, odd);
+}
+
+// Sixteen rows of sixteen, transposed.
+inline void transpose_tile(const float* rows, int64_t stride, float* out, int64_t out_stride) {
+  F a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = f_load(rows + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {  // a[4 j + c]: columns c, c + 4, c + 8, c + 12 of rows 4 j ..
+    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const F low02 = _mm512_shuffle_f32x4(a[c], a[c + 4], 0x88);  // columns c, c + 8; rows 0-7
+    const F low13 = _mm512_shuffle_f32x4(a[c], a[c + 4], 0xdd);  // columns c + 4, c + 12
+    const F high02 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0x88);
+    const F high13 = _mm512_shuffle_f32x4(a[c + 8], a[c + 12], 0xdd);
+    f_store(out + c * out_stride, _mm512_shuffle_f32x4(low02, high02, 0x88));
+    f_store(out + (c + 4) * out_stride, _mm512_shuffle_f32x4(low13, high13, 0x88));
+    f_store(out + (c + 8) * out_stride, _mm512_shuffle_f32x4(low02, high02, 0xdd));
+    f_store(out + (c + 12) * out_stride, _mm512_shuffle_f32x4(low13, high13, 0xdd));
+  }
+}
+
+}  // namespace
+}  // namespace fathom::cpu

@@ -1,0 +1,222 @@
+// Packing of file rows into R16 row groups, and the sizes of both layouts.
+#include "cpu/weight_layout.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+#include "fathom/quant.hpp"
+
+namespace fathom::cpu {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+int64_t align_up(int64_t bytes) noexcept {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+uint32_t load32(const uint8_t* p) noexcept {
+  uint32_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+void store32(uint8_t* p, uint32_t v) noexcept {
+  std::memcpy(p, &v, sizeof v);
+}
+
+constexpr uint32_t kNibbles = 0x0f0f0f0f;
+
+// Each function packs one block of one row: `src` is the file's block, `out` the packed block.
+using PackBlock = void (*)(const uint8_t* src, int row, uint8_t* out) noexcept;
+
+void pack_q8_0(const uint8_t* src, int row, uint8_t* out) noexcept {
+  std::memcpy(out + 2 * row, src, 2);
+  uint8_t* codes = out + PackedQ8_0::kCodes + 4 * row;
+  for (int q = 0; q < 8; ++q) std::memcpy(codes + 64 * q, src + 2 + 4 * q, 4);
+}
+
+// The file's nibbles are already paired (x[j], x[j + 16]).
+void pack_q4_0(const uint8_t* src, int row, uint8_t* out) noexcept {
+  std::memcpy(out + 2 * row, src, 2);
+  uint8_t* codes = out + PackedQ4_0::kCodes + 4 * row;
+  for (int j = 0; j < 4; ++j) std::memcpy(codes + 64 * j, src + 2 + 4 * j, 4);
+}
+
+// What Q4_K and Q5_K share.  `scales` and `qs` are fields of the file's block.
+void pack_k_scales(const uint8_t* d, const uint8_t* scales, int row, uint8_t* out) noexcept {
+  std::memcpy(out + 2 * row, d, 2);
+  std::memcpy(out + PackedQ4_K::kMinFactors + 2 * row, d + 2, 2);
+  for (int k = 0; k < 4; ++k) {
+    uint8_t* scale = out + PackedQ4_K::kScales + 16 * k + row;
+    uint8_t* min = out + PackedQ4_K::kMins + 16 * k + row;
+    scale[0] = scales[k] & 63;
+    min[0] = scales[4 + k] & 63;
+    scale[64] = static_cast<uint8_t>((scales[8 + k] & 15) | (scales[k] >> 6 << 4));
+    min[64] = static_cast<uint8_t>((scales[8 + k] >> 4) | (scales[4 + k] >> 6 << 4));
+  }
+}
+void pack_k_nibbles(const uint8_t* qs, int row, uint8_t* out) noexcept {
+  for (int s = 0; s < 8; ++s) {
+    const uint8_t* quarter = qs + 32 * (s / 2);
+    uint8_t* codes = out + PackedQ4_K::kCodes + 256 * s + 4 * row;
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t a = load32(quarter + 4 * j), b = load32(quarter + 16 + 4 * j);
+      store32(codes + 64 * j, s % 2 == 0 ? (a & kNibbles) | (b & kNibbles) << 4
+                                         : (a >> 4 & kNibbles) | (b & ~kNibbles));
+    }
+  }
+}
+
+void pack_q4_k(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_k_scales(src + offsetof(BlockQ4_K, d), src + offsetof(BlockQ4_K, scales), row, out);
+  pack_k_nibbles(src + offsetof(BlockQ4_K, qs), row, out);
+}
+
+void pack_q5_k(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_k_scales(src + offsetof(BlockQ5_K, d), src + offsetof(BlockQ5_K, scales), row, out);
+  pack_k_nibbles(src + offsetof(BlockQ5_K, qs), row, out);
+  const uint8_t* qh = src + offsetof(BlockQ5_K, qh);
+  for (int s = 0; s < 8; ++s) {
+    uint32_t bits = 0;
+    for (int j = 0; j < 8; ++j) bits |= (load32(qh + 4 * j) >> s & 0x01010101u) << j;
+    store32(out + PackedQ5_K::kHigh + 64 * s + 4 * row, bits);
+  }
+}
+
+void pack_q6_k(const uint8_t* src, int row, uint8_t* out) noexcept {
+  std::memcpy(out + 2 * row, src + offsetof(BlockQ6_K, d), 2);
+  for (int j = 0; j < 16; ++j)
+    out[PackedQ6_K::kScales + 16 * j + row] = src[offsetof(BlockQ6_K, scales) + j];
+  for (int s = 0; s < 8; ++s) {
+    const int half = s / 4, part = s % 4;
+    const uint8_t* ql = src + offsetof(BlockQ6_K, ql) + 64 * half + 32 * (part % 2);
+    const uint8_t* qh = src + offsetof(BlockQ6_K, qh) + 32 * half;
+    const int shift = 4 * (part / 2);
+    uint8_t* codes = out + PackedQ6_K::kCodes + 256 * s + 4 * row;
+    for (int j = 0; j < 4; ++j)
+      store32(codes + 64 * j, (load32(ql + 4 * j) >> shift & kNibbles) |
+                                  (load32(ql + 16 + 4 * j) >> shift & kNibbles) << 4);
+    uint8_t* high = out + PackedQ6_K::kHigh + 128 * s + 4 * row;
+    for (int v = 0; v < 2; ++v) {
+      uint32_t bits = 0;
+      for (int p = 0; p < 4; ++p)
+        bits |= (load32(qh + 16 * v + 4 * p) >> (2 * part) & 0x03030303u) << (2 * p);
+      store32(high + 64 * v, bits);
+    }
+  }
+}
+
+constexpr PackBlock kPackBlock[kPackedTypes] = {pack_q8_0, pack_q4_0, pack_q4_k, pack_q5_k,
+                                                pack_q6_k};
+
+}  // namespace
+
+PackedType packed_type(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::kQ8_0:
+      return kPackedQ8_0;
+    case DType::kQ4_0:
+      return kPackedQ4_0;
+    case DType::kQ4_K:
+      return kPackedQ4_K;
+    case DType::kQ5_K:
+      return kPackedQ5_K;
+    case DType::kQ6_K:
+      return kPackedQ6_K;
+    default:
+      return kPackedTypes;
+  }
+}
+
+int64_t group_bytes(const Weight& w) noexcept {
+  if (!is_packed(w)) return kGroupRows * row_bytes(w.dtype, w.cols);
+  const PackedBlock& block = kPackedBlocks[packed_type(w.dtype)];
+  return w.cols / block.cols * block.bytes;
+}
+
+int64_t scales_offset(const Weight& w) noexcept {
+  return align_up(w.rows * row_bytes(w.dtype, w.cols));
+}
+
+const float* block_scales(const Weight& w, int64_t index) noexcept {
+  if (!w.block_scaled) return nullptr;
+  return reinterpret_cast<const float*>(w.matrix(index) + scales_offset(w));
+}
+
+Status weight_layout(Weight& weight) noexcept try {
+  const DTypeInfo& info = dtype_info(weight.dtype);
+  if (!is_weight_dtype(weight.dtype))
+    return Status(Code::kUnsupported,
+                  fmt::format("{} is not a type that weights can have", info.name));
+  if (weight.block_scaled && weight.dtype != DType::kF8E4M3)
+    return Status(Code::kUnsupported,
+                  fmt::format("block scales belong to F8_E4M3 weights, not to {}", info.name));
+  if (weight.rows < 1 || weight.cols < 1 || weight.cols % info.block_elements != 0)
+    return Status(Code::kInvalidArgument,
+                  fmt::format("a {} matrix of {} x {}: columns must be a positive multiple of {}",
+                              info.name, weight.rows, weight.cols, info.block_elements));
+  const bool packed = packed_type(weight.dtype) != kPackedTypes;
+  weight.layout = static_cast<uint8_t>(packed ? WeightLayout::kPacked : WeightLayout::kRows);
+  int64_t bytes = packed ? row_groups(weight) * group_bytes(weight) : scales_offset(weight);
+  if (weight.block_scaled) {
+    const auto blocks = [](int64_t n) { return (n + kF8ScaleBlock - 1) / kF8ScaleBlock; };
+    bytes += blocks(weight.rows) * blocks(weight.cols) * static_cast<int64_t>(sizeof(float));
+  }
+  weight.matrix_bytes = align_up(bytes);
+  return {};
+} catch (const std::bad_alloc&) {
+  return Status(Code::kMemory, "no memory for a message");
+}
+
+Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
+                  const void* rows) noexcept try {
+  if (index < 0 || index >= weight.count || first_row < 0 || n_rows < 0 ||
+      first_row + n_rows > weight.rows || first_row % kGroupRows != 0 ||
+      (n_rows % kGroupRows != 0 && first_row + n_rows != weight.rows))
+    return Status(Code::kInvalidArgument,
+                  fmt::format("rows {} + {} of matrix {} do not fit {} matrices of {} rows in "
+                              "groups of {}",
+                              first_row, n_rows, index, weight.count, weight.rows, kGroupRows));
+  const int64_t bytes_per_row = row_bytes(weight.dtype, weight.cols);
+  const auto* src = static_cast<const uint8_t*>(rows);
+  auto* matrix = reinterpret_cast<uint8_t*>(weight.matrix(index));
+  if (!is_packed(weight)) {
+    std::memcpy(matrix + first_row * bytes_per_row, src,
+                static_cast<size_t>(n_rows * bytes_per_row));
+    return {};
+  }
+  const PackedType type = packed_type(weight.dtype);
+  const PackedBlock& block = kPackedBlocks[type];
+  const int64_t file_block = dtype_info(weight.dtype).block_bytes;
+  const int64_t n_blocks = weight.cols / block.cols;
+  for (int64_t row = 0; row < n_rows; row += kGroupRows) {
+    const int n = static_cast<int>(std::min<int64_t>(kGroupRows, n_rows - row));
+    uint8_t* out = matrix + (first_row + row) / kGroupRows * group_bytes(weight);
+    for (int64_t b = 0; b < n_blocks; ++b, out += block.bytes) {
+      if (n < kGroupRows) std::memset(out, 0, static_cast<size_t>(block.bytes));
+      for (int r = 0; r < n; ++r)
+        kPackBlock[type](src + (row + r) * bytes_per_row + b * file_block, r, out);
+    }
+  }
+  return {};
+} catch (const std::bad_alloc&) {
+  return Status(Code::kMemory, "no memory for a message");
+}
+
+Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept try {
+  if (!weight.block_scaled || index < 0 || index >= weight.count)
+    return Status(Code::kInvalidArgument,
+                  fmt::format("scales for matrix {} of {} ({})", index, weight.count,
+                              weight.block_scaled ? "block-scaled" : "without block scales"));
+  const auto blocks = [](int64_t n) { return (n + kF8ScaleBlock - 1) / kF8ScaleBlock; };
+  std::memcpy(weight.matrix(index) + scales_offset(weight), scales,
+              static_cast<size_t>(blocks(weight.rows) * blocks(weight.cols)) * sizeof(float));
+  return {};
+} catch (const std::bad_alloc&) {
+  return Status(Code::kMemory, "no memory for a message");
+}
+
+}  // namespace fathom::cpu
