@@ -35,8 +35,8 @@ struct TensorEntry {
 };
 
 struct FileInfo {
-  std::string format;       // "gguf" or "safetensors"
-  int64_t total_bytes = 0;  // of all files that belong to it
+  std::string format;                               // "gguf" or "safetensors"
+  int64_t total_bytes = 0;                          // of all files that belong to it
   uint64_t fingerprint_lo = 0, fingerprint_hi = 0;  // names the model: all headers and sizes
   bool has_config = false;  // false for a bare .safetensors: `config` is empty then
   ModelConfig config;

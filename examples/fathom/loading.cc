@@ -1,0 +1,154 @@
+#include "loading.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "exit.h"
+#include "machine.h"
+#include "signals.h"
+#include "terminal.h"
+
+namespace cli {
+namespace {
+
+void tell_gpu_layers(const fathom::Plan& plan, const ConfigFlags& flags) {
+  if (!flags.gpu_layers) return;
+  std::string places;
+  for (const fathom::PlanDevice& device : plan.devices)
+    places += fmt::format("{}{} on {}", places.empty() ? "" : ", ", device.n_layers, device.name);
+  note(fmt::format("note: -ngl {} is a hint; the plan has {} layers: {}", *flags.gpu_layers,
+                   plan.model.num_hidden_layers, places));
+}
+
+}  // namespace
+
+fathom::Engine make_engine(const fathom::Config& config) {
+  fathom::HostHooks hooks;
+  hooks.log = [](fathom::LogLevel level, std::string_view text) {
+    if (level == fathom::LogLevel::kError || level == fathom::LogLevel::kWarn)
+      note(text);
+    else
+      detail(text);
+  };
+  fathom::Result<fathom::Engine> engine = fathom::Engine::create(config, hooks);
+  if (!engine.ok() && engine.status().code() == fathom::Code::kUnsupported)
+    fail(kExitDevice, engine.status().message());
+  return must(std::move(engine));
+}
+
+fathom::Plan make_plan(const fathom::Engine& engine, const std::string& model_path,
+                       const fathom::Config& config, const ConfigFlags& flags) {
+  fathom::Plan plan = must(engine.plan(model_path, config));
+  if (flags.context_of_model() && plan.model.max_position_embeddings > 0) {
+    fathom::Config full = config;
+    full.context_max = plan.model.max_position_embeddings;
+    plan = must(engine.plan(model_path, full));
+  }
+  tell_gpu_layers(plan, flags);
+  return plan;
+}
+
+Loaded load_model(const std::string& model_path, const fathom::Config& config,
+                  const ConfigFlags& flags) {
+  fathom::Engine engine = make_engine(config);
+  fathom::Plan plan = make_plan(engine, model_path, config, flags);
+  detail(plan.describe());
+  if (!plan.feasible) {
+    if (verbosity() != Verbosity::kVerbose) note(plan.describe());
+    fail(kExitInfeasible, "the plan does not fit the budget; nothing was loaded");
+  }
+  Progress bar("load", Progress::Unit::kBytes);
+  fathom::RunOptions options;
+  options.cancel = &cancel_token();
+  options.progress = [&bar](fathom::ProgressPhase, int64_t done, int64_t total) {
+    bar.update(done, total);
+    return true;
+  };
+  const double start = now_seconds();
+  fathom::Model model = must(fathom::Model::load(engine, plan, options));
+  const double seconds = now_seconds() - start;
+  end_progress_line();
+  for (const std::string& line : model.load_report()) detail(line);
+  return {std::move(engine), std::move(plan), std::move(model), seconds};
+}
+
+fathom::Status prefill(fathom::Session& session, std::span<const int32_t> tokens,
+                       int64_t deadline_ms) {
+  Progress bar("prefill", Progress::Unit::kTokens,
+               [&session] { return "KV " + human_bytes(session.cache().size_bytes()); });
+  fathom::RunOptions options;
+  options.cancel = &cancel_token();
+  options.deadline_ms = deadline_ms;
+  options.progress = [&bar](fathom::ProgressPhase, int64_t done, int64_t total) {
+    bar.update(done, total);
+    return true;
+  };
+  return session.prefill(tokens, options);
+}
+
+Json memory_json(const fathom::Engine& engine, const fathom::Plan& plan) {
+  const fathom::MemorySnapshot snapshot = engine.memory();
+  int64_t planned = 0, peak = 0;
+  for (const fathom::PlanDevice& device : plan.devices) planned += device.peak_bytes();
+  for (const fathom::DeviceMemory& device : snapshot.devices) peak += device.bytes_peak;
+  Json purposes = Json::object();
+  for (int p = 0; p < fathom::kPurposeCount; ++p) {
+    const auto purpose = static_cast<fathom::Purpose>(p);
+    int64_t purpose_peak = 0, purpose_planned = 0;
+    for (int d = 0; d < static_cast<int>(snapshot.devices.size()); ++d)
+      purpose_peak += snapshot.item(d, purpose).bytes_peak;
+    for (const fathom::PlanDevice& device : plan.devices)
+      purpose_planned += device.planned(purpose);
+    purposes[std::string(fathom::purpose_name(purpose))] = {{"peak_bytes", purpose_peak},
+                                                            {"planned_bytes", purpose_planned}};
+  }
+  return {{"planned_peak_bytes", planned},
+          {"ledger_peak_bytes", peak},
+          {"rss_peak_bytes", rss_peak_bytes()},
+          {"purposes", purposes}};
+}
+
+std::string memory_table(const fathom::Engine& engine, const fathom::Plan& plan) {
+  const fathom::MemorySnapshot snapshot = engine.memory();
+  std::string text = fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}\n", "device", "purpose", "now",
+                                 "peak", "planned");
+  for (int d = 0; d < static_cast<int>(snapshot.devices.size()); ++d) {
+    const fathom::DeviceMemory& device = snapshot.devices[static_cast<size_t>(d)];
+    const fathom::PlanDevice& planned = plan.devices[static_cast<size_t>(d)];
+    for (int p = 0; p < fathom::kPurposeCount; ++p) {
+      const auto purpose = static_cast<fathom::Purpose>(p);
+      const fathom::MemoryItem& item = snapshot.item(d, purpose);
+      if (item.bytes_peak == 0 && planned.planned(purpose) == 0) continue;
+      text += fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}\n", device.name,
+                          fathom::purpose_name(purpose), with_commas(item.bytes_now),
+                          with_commas(item.bytes_peak), with_commas(planned.planned(purpose)));
+    }
+    text += fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}   budget {}\n", device.name, "total",
+                        with_commas(device.bytes_now), with_commas(device.bytes_peak),
+                        with_commas(planned.peak_bytes()), with_commas(device.budget_bytes));
+  }
+  text += fmt::format("process: resident peak {}, now {}", with_commas(rss_peak_bytes()),
+                      with_commas(rss_bytes()));
+  return text;
+}
+
+Json events_json(const fathom::Session& session) {
+  Json events = Json::array();
+  for (const fathom::Event& event : session.events())
+    events.push_back({{"kind", event.kind},
+                      {"text", event.text},
+                      {"position", event.position},
+                      {"bytes", event.bytes}});
+  return events;
+}
+
+double rate(int64_t tokens, double seconds) {
+  return seconds > 0 ? static_cast<double>(tokens) / seconds : 0;
+}
+
+void put_json(const Json& json) {
+  put(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
+}  // namespace cli
