@@ -76,7 +76,7 @@ class Tokenizer {
 
   int64_t size_bytes() const noexcept;  // of the tables, as counted by the ledger
 
-  struct Data;  // lib/io/tokenizer.h
+  struct Data;  // lib/io/tokenizer_data.h
   explicit Tokenizer(std::shared_ptr<const Data>) noexcept;
 
  private:
