@@ -193,6 +193,9 @@ Result<JsonDocument> JsonDocument::parse(std::string_view text, const JsonLimits
     return Status(Code::kFormat, fmt::format("JSON text has {} bytes, at most {} are accepted",
                                              text.size(), limits.max_bytes));
   if (text.empty()) return Status(Code::kFormat, "JSON text is empty");
+  // The parser takes a zero byte for the end and would not look at what follows.
+  if (const size_t zero = text.find('\0'); zero != text.npos)
+    return Status(Code::kFormat, fmt::format("invalid JSON: a zero byte at {}", zero)).at(zero);
   return JsonBuilder(text, limits).run();
 }
 
