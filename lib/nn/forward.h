@@ -54,7 +54,7 @@ Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_
 // Workspace bytes that any pass of 1 .. max_tokens rows over layers [first_layer, first_layer +
 // n_layers) asks of `device`: the passes themselves, run over a backend that only measures.
 int64_t measure_workspace(const Backend& device, const ModelConfig& config, const Weights& weights,
-                          int64_t first_layer, int64_t n_layers, int64_t max_tokens,
-                          KvType kv_type, int64_t page_tokens);
+                          int64_t first_layer, int64_t n_layers, int64_t max_tokens, KvType kv_type,
+                          int64_t page_tokens);
 
 }  // namespace fathom::nn

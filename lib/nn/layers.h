@@ -27,13 +27,13 @@ struct Scratch {
   float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
 
   // Attention.
-  float* q_latent;  // [n_tokens, q_lora_rank]
-  float* q;         // [n_tokens, n_heads, qk_head_dim]
-  float* kv;        // [n_tokens, kv_lora_rank + qk_rope_head_dim]
-  float* attn;      // [n_tokens, n_heads, v_head_dim]
+  float* q_latent;            // [n_tokens, q_lora_rank]
+  float* q;                   // [n_tokens, n_heads, qk_head_dim]
+  float* kv;                  // [n_tokens, kv_lora_rank + qk_rope_head_dim]
+  float* attn;                // [n_tokens, n_heads, v_head_dim]
   AttentionState attn_state;  // [n_tokens, n_heads] each
-  float* q_absorbed;     // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
-  float* attn_absorbed;  // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
+  float* q_absorbed;          // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
+  float* attn_absorbed;       // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
 
   // Feed-forward; shares its bytes with the attention buffers.
   float* scores;          // [n_tokens, n_routed_experts]

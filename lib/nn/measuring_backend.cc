@@ -46,8 +46,12 @@ class MeasuringBackend final : public Backend {
   void rope_table(const OpContext&, const RopeTableParams&) noexcept override {}
   void rope(const OpContext&, const RopeParams&) noexcept override {}
   void kv_append(const OpContext&, const KvAppendParams&) noexcept override {}
-  void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override { see(p); }
-  void attend_expanded(const OpContext&, const AttendExpandedParams& p) noexcept override { see(p); }
+  void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override {
+    see(p);
+  }
+  void attend_expanded(const OpContext&, const AttendExpandedParams& p) noexcept override {
+    see(p);
+  }
   void route(const OpContext&, const RouteParams&) noexcept override {}
   void ffn(const OpContext&, const FfnParams& p) noexcept override { see(p); }
   void experts(const OpContext&, const ExpertsParams& p) noexcept override { see(p); }
@@ -58,9 +62,13 @@ class MeasuringBackend final : public Backend {
     return Status(Code::kInternal, "a measuring backend holds nothing");
   }
   template <class Params>
-  int64_t need(const Params& p) const noexcept { return real_.workspace_bytes(p); }
+  int64_t need(const Params& p) const noexcept {
+    return real_.workspace_bytes(p);
+  }
   template <class Params>
-  void see(const Params& p) noexcept { most_ = std::max(most_, need(p)); }
+  void see(const Params& p) noexcept {
+    most_ = std::max(most_, need(p));
+  }
 
   const Backend& real_;
   int64_t most_ = 0;
@@ -69,8 +77,8 @@ class MeasuringBackend final : public Backend {
 }  // namespace
 
 int64_t measure_workspace(const Backend& device, const ModelConfig& config, const Weights& weights,
-                          int64_t first_layer, int64_t n_layers, int64_t max_tokens,
-                          KvType kv_type, int64_t page_tokens) {
+                          int64_t first_layer, int64_t n_layers, int64_t max_tokens, KvType kv_type,
+                          int64_t page_tokens) {
   MeasuringBackend measuring(device);
   const Rope rope = make_rope(config);
   KvPage page{nullptr, kv_type};

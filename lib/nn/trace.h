@@ -8,9 +8,10 @@
 namespace fathom::nn {
 
 struct TracePoint {
-  std::string_view name;  // "embed", "layer" (residual stream after it), "route_ids", "route_weights"
-  int64_t layer;          // -1 for embed
-  const void* data;       // host-accessible devices only: f32 or i32 [n_rows, n_cols], after a sync
+  std::string_view
+      name;          // "embed", "layer" (residual stream after it), "route_ids", "route_weights"
+  int64_t layer;     // -1 for embed
+  const void* data;  // host-accessible devices only: f32 or i32 [n_rows, n_cols], after a sync
   int64_t n_rows, n_cols;
   int64_t first_position;
 };

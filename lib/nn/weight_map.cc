@@ -113,8 +113,9 @@ class WeightMapper {
       return nullptr;
     }
     if (t->cols() != cols || t->elements() != rows * cols) {
-      fail(Code::kFormat, name, fmt::format("tensor {} has shape {}, the configuration asks for [{}, {}]",
-                                            name, shape_text(*t), rows, cols));
+      fail(Code::kFormat, name,
+           fmt::format("tensor {} has shape {}, the configuration asks for [{}, {}]", name,
+                       shape_text(*t), rows, cols));
       return nullptr;
     }
     if (!is_weight_dtype(t->dtype)) {
@@ -132,7 +133,8 @@ class WeightMapper {
     const io::TensorInfo* s = file_.find(name);
     const int64_t rows = t.elements() / t.cols();
     if (s == nullptr) {
-      fail(Code::kFormat, name, fmt::format("tensor {} (block scales of {}) is missing", name, t.name));
+      fail(Code::kFormat, name,
+           fmt::format("tensor {} (block scales of {}) is missing", name, t.name));
     } else if (s->dtype != DType::kF32 || s->n_dims != 2 || s->shape[0] != (rows + 127) / 128 ||
                s->shape[1] != (t.cols() + 127) / 128) {
       fail(Code::kFormat, name,
@@ -157,10 +159,10 @@ class WeightMapper {
     item.weight.count = static_cast<int64_t>(sources.size());
     for (const RowSource& s : sources) {
       if (s.tensor->dtype != item.weight.dtype)
-        return fail(Code::kUnsupported, s.tensor->name,
-                    fmt::format("tensor {} has type {}, its siblings {}", s.tensor->name,
-                                dtype_info(s.tensor->dtype).name,
-                                dtype_info(item.weight.dtype).name));
+        return fail(
+            Code::kUnsupported, s.tensor->name,
+            fmt::format("tensor {} has type {}, its siblings {}", s.tensor->name,
+                        dtype_info(s.tensor->dtype).name, dtype_info(item.weight.dtype).name));
       // Block scales must start with the matrix; where a slice cuts a block (never in published
       // shapes) its values are stored as f32 instead, which is exact.
       if (s.scales != nullptr && s.first_row % 128 != 0) item.to_f32 = true;

@@ -35,7 +35,8 @@ Staging carve_staging(const WeightItem& item, Arena& arena) {
   const int64_t rows = staging_rows(item);
   s.raw = arena.take<std::byte>(rows * file_row_bytes(item));
   if (item.to_f32) s.f32 = arena.take<float>(rows * item.weight.cols);
-  if (const io::TensorInfo* t = item.rows.front().scales) s.scales = arena.take<float>(t->elements());
+  if (const io::TensorInfo* t = item.rows.front().scales)
+    s.scales = arena.take<float>(t->elements());
   return s;
 }
 
@@ -119,7 +120,8 @@ int64_t WeightMap::file_bytes() const noexcept {
 
 int64_t WeightMap::n_params() const noexcept {
   int64_t n = 0;
-  for (const WeightItem& item : items_) n += item.weight.count * item.weight.rows * item.weight.cols;
+  for (const WeightItem& item : items_)
+    n += item.weight.count * item.weight.rows * item.weight.cols;
   return n;
 }
 

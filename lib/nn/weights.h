@@ -34,16 +34,16 @@ struct LayerWeights {
   // k_b_transposed (as files that keep kv_b in one piece have it).
   Weight k_b;
   bool k_b_transposed = false;
-  Weight v_b;                        // per head [v_head_dim, kv_lora_rank]
-  Weight o;                          // [hidden_size, n_heads * v_head_dim]
+  Weight v_b;  // per head [v_head_dim, kv_lora_rank]
+  Weight o;    // [hidden_size, n_heads * v_head_dim]
 
   const float* ffn_norm = nullptr;  // [hidden_size]             post_attention_layernorm
   // Dense feed-forward, or the shared experts of a MoE layer; rows == 0 when there are none.
   Weight gate, up, down;
   // MoE layers only.
-  Weight router;                        // [n_routed_experts, hidden_size]
-  const float* router_bias = nullptr;   // [n_routed_experts] e_score_correction_bias, or null
-  Weight gate_exps, up_exps, down_exps; // count == n_routed_experts
+  Weight router;                         // [n_routed_experts, hidden_size]
+  const float* router_bias = nullptr;    // [n_routed_experts] e_score_correction_bias, or null
+  Weight gate_exps, up_exps, down_exps;  // count == n_routed_experts
 };
 
 struct Weights {

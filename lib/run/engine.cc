@@ -36,7 +36,8 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
   FATHOM_TRY(config.validate());
   const std::vector<std::string> names = split_names(config.devices);
   if (names.empty())
-    return Status(Code::kConfig, "devices: no device is named; the default is \"cpu\"").about("devices");
+    return Status(Code::kConfig, "devices: no device is named; the default is \"cpu\"")
+        .about("devices");
   std::set<std::string> seen;
   for (const std::string& name : names) {
     if (!is_cpu_name(name))
@@ -44,7 +45,8 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
                     fmt::format("devices: \"{}\" is not a device of this build (cpu, cpu:N)", name))
           .about("devices");
     if (!seen.insert(name).second)
-      return Status(Code::kConfig, fmt::format("devices: \"{}\" is named twice", name)).about("devices");
+      return Status(Code::kConfig, fmt::format("devices: \"{}\" is named twice", name))
+          .about("devices");
   }
   for (const auto& [name, bytes] : config.budget)
     if (name != "host" && !seen.count(name))
@@ -97,8 +99,12 @@ Result<Engine> Engine::create(const Config& config, const HostHooks& hooks) {
   return run::guarded([&] { return create_engine(config, hooks); });
 }
 
-const Config& Engine::config() const noexcept { return state_->config; }
-int Engine::n_devices() const noexcept { return static_cast<int>(state_->devices.size()); }
+const Config& Engine::config() const noexcept {
+  return state_->config;
+}
+int Engine::n_devices() const noexcept {
+  return static_cast<int>(state_->devices.size());
+}
 const Backend& Engine::device(int index) const noexcept {
   return *state_->devices[static_cast<size_t>(index)];
 }
@@ -114,8 +120,12 @@ Result<Plan> Engine::plan(const std::string& model_path, const Config& config) c
   });
 }
 
-MemorySnapshot Engine::memory() const { return state_->ledger.snapshot(); }
-void Engine::reset_peaks() noexcept { state_->ledger.reset_peaks(); }
+MemorySnapshot Engine::memory() const {
+  return state_->ledger.snapshot();
+}
+void Engine::reset_peaks() noexcept {
+  state_->ledger.reset_peaks();
+}
 
 Status Engine::set_budget(int device, int64_t bytes) {
   if (device < 0 || device >= n_devices())

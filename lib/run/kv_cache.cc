@@ -15,8 +15,8 @@ struct KVCache::State {
   KVCacheOptions options;
   struct Device {
     run::MemoryRange pages;
-    int64_t slot_bytes = 0;     // from page to page: page bytes in whole commits
-    KvPage* table = nullptr;    // [max_pages]
+    int64_t slot_bytes = 0;   // from page to page: page bytes in whole commits
+    KvPage* table = nullptr;  // [max_pages]
   };
   std::vector<Device> devices;
   run::MemoryRange tables;
@@ -50,19 +50,19 @@ Result<KVCache> KVCache::create(std::shared_ptr<run::EngineState> engine,
     state->options = options;
     const int64_t max_pages = state->pages_for(options.max_tokens);
     const auto n_devices = static_cast<int64_t>(options.layers_on_device.size());
-    FATHOM_TRY_ASSIGN(state->tables,
-                      state->engine->allocate(state->engine->host_device, Purpose::kRuntime,
-                                              run::page_table_bytes(options.max_tokens,
-                                                                    options.layout.page_tokens,
-                                                                    n_devices)));
+    FATHOM_TRY_ASSIGN(
+        state->tables,
+        state->engine->allocate(
+            state->engine->host_device, Purpose::kRuntime,
+            run::page_table_bytes(options.max_tokens, options.layout.page_tokens, n_devices)));
     auto* table = reinterpret_cast<KvPage*>(state->tables.data());
     for (int d = 0; d < n_devices; ++d) {
       State::Device device;
       device.slot_bytes = run::committed_bytes(
           options.layout.page_bytes(options.type, options.layers_on_device[static_cast<size_t>(d)]),
           state->engine->devices[static_cast<size_t>(d)]->granularity());
-      FATHOM_TRY_ASSIGN(device.pages, state->engine->reserve(d, Purpose::kKv,
-                                                             max_pages * device.slot_bytes));
+      FATHOM_TRY_ASSIGN(device.pages,
+                        state->engine->reserve(d, Purpose::kKv, max_pages * device.slot_bytes));
       device.table = table + d * max_pages;
       state->devices.push_back(std::move(device));
     }
@@ -70,12 +70,18 @@ Result<KVCache> KVCache::create(std::shared_ptr<run::EngineState> engine,
   });
 }
 
-int64_t KVCache::n_tokens() const noexcept { return state_->n_tokens; }
+int64_t KVCache::n_tokens() const noexcept {
+  return state_->n_tokens;
+}
 int64_t KVCache::capacity_tokens() const noexcept {
   return std::min(state_->n_pages * page_tokens(), max_tokens());
 }
-int64_t KVCache::max_tokens() const noexcept { return state_->options.max_tokens; }
-int64_t KVCache::page_tokens() const noexcept { return state_->options.layout.page_tokens; }
+int64_t KVCache::max_tokens() const noexcept {
+  return state_->options.max_tokens;
+}
+int64_t KVCache::page_tokens() const noexcept {
+  return state_->options.layout.page_tokens;
+}
 int64_t KVCache::size_bytes() const noexcept {
   int64_t bytes = 0;
   for (const State::Device& device : state_->devices) bytes += device.pages.size_bytes();
@@ -105,7 +111,9 @@ Status KVCache::reserve(int64_t n_tokens) {
   return {};
 }
 
-void KVCache::commit_rows(int64_t n_tokens) noexcept { state_->n_tokens = n_tokens; }
+void KVCache::commit_rows(int64_t n_tokens) noexcept {
+  state_->n_tokens = n_tokens;
+}
 
 void KVCache::truncate(int64_t n_tokens, int64_t keep_tokens) noexcept {
   State& s = *state_;

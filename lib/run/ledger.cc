@@ -27,8 +27,7 @@ Status Ledger::acquire(int device, Purpose purpose, int64_t bytes) {
     return Status(Code::kBudget,
                   fmt::format("{}: {} needs {} bytes more, {} of the {}budget of {} bytes are free",
                               account.device.name, purpose_name(purpose), bytes, left,
-                              own ? "" : "host ",
-                              own ? account.device.budget_bytes : host_budget_))
+                              own ? "" : "host ", own ? account.device.budget_bytes : host_budget_))
         .on_device(device)
         .about(purpose_name(purpose))
         .bytes(bytes, left);
@@ -107,8 +106,8 @@ MemorySnapshot Ledger::snapshot() const {
                                account.total.peak, account.total.planned});
     for (int p = 0; p < kPurposeCount; ++p) {
       const Count& count = account.purposes[static_cast<size_t>(p)];
-      picture.items.push_back({static_cast<int>(d), static_cast<Purpose>(p), count.now, count.peak,
-                               count.planned});
+      picture.items.push_back(
+          {static_cast<int>(d), static_cast<Purpose>(p), count.now, count.peak, count.planned});
     }
   }
   return picture;

@@ -24,8 +24,8 @@ Status infeasible(const Plan& plan) {
                   purpose_name(plan.binding_purpose));
   const size_t n = std::min<size_t>(plan.alternatives.size(), 3);
   for (size_t i = 0; i < n; ++i)
-    message += fmt::format("{}[{}] {}", i == 0 ? ". Would fit: " : "; ", i + 1,
-                           plan.alternatives[i].text);
+    message +=
+        fmt::format("{}[{}] {}", i == 0 ? ". Would fit: " : "; ", i + 1, plan.alternatives[i].text);
   return Status(Code::kBudget, message)
       .on_device(plan.binding_device)
       .about(purpose_name(plan.binding_purpose))
@@ -86,17 +86,18 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   if (!plan.feasible) return infeasible(plan);
   FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*engine.state(), plan.model_path));
   const io::TensorFile& file = planner.file();
-  if (file.fingerprint().lo != plan.fingerprint_lo || file.fingerprint().hi != plan.fingerprint_hi ||
+  if (file.fingerprint().lo != plan.fingerprint_lo ||
+      file.fingerprint().hi != plan.fingerprint_hi ||
       plan.devices.size() != engine.state()->devices.size())
-    return Status(Code::kMismatch,
-                  fmt::format("{}: not the file or engine that was planned; plan again", plan.model_path));
+    return Status(
+        Code::kMismatch,
+        fmt::format("{}: not the file or engine that was planned; plan again", plan.model_path));
 
   auto model = std::make_shared<ModelState>(engine);
   model->plan = plan;
   model->rope = nn::make_rope(plan.model);
   const std::vector<int> layer_devices = run::Planner::layer_devices(plan);
-  FATHOM_TRY_ASSIGN(auto map,
-                    nn::WeightMap::create(file, layer_devices, engine.state()->devices));
+  FATHOM_TRY_ASSIGN(auto map, nn::WeightMap::create(file, layer_devices, engine.state()->devices));
   FATHOM_TRY(load_tokenizer(*model, std::move(planner.tokenizer())));
   FATHOM_TRY(load_weights(*model, file, map, options));
 
@@ -107,9 +108,9 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   model->weights = std::move(map).take_weights();
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
     for (int p = 0; p < kPurposeCount; ++p)
-      engine.state()->ledger.add_planned(d, static_cast<Purpose>(p),
-                                         plan.devices[static_cast<size_t>(d)].planned(
-                                             static_cast<Purpose>(p)));
+      engine.state()->ledger.add_planned(
+          d, static_cast<Purpose>(p),
+          plan.devices[static_cast<size_t>(d)].planned(static_cast<Purpose>(p)));
   model->planned_booked = true;
   for (const std::string& line : model->load_report) engine.state()->log(LogLevel::kInfo, line);
   return Model(std::move(model));
@@ -138,18 +139,30 @@ Result<Model> Model::load(const Engine& engine, const Plan& plan, const RunOptio
   return run::guarded([&] { return load_model(engine, plan, options); });
 }
 
-const ModelConfig& Model::config() const noexcept { return state_->plan.model; }
-const Plan& Model::plan() const noexcept { return state_->plan; }
-const Engine& Model::engine() const noexcept { return state_->engine; }
+const ModelConfig& Model::config() const noexcept {
+  return state_->plan.model;
+}
+const Plan& Model::plan() const noexcept {
+  return state_->plan;
+}
+const Engine& Model::engine() const noexcept {
+  return state_->engine;
+}
 const Tokenizer* Model::tokenizer() const noexcept {
   return state_->tokenizer ? &*state_->tokenizer : nullptr;
 }
-const std::vector<std::string>& Model::load_report() const noexcept { return state_->load_report; }
+const std::vector<std::string>& Model::load_report() const noexcept {
+  return state_->load_report;
+}
 const std::vector<std::pair<std::string, std::string>>& Model::metadata() const noexcept {
   return state_->metadata;
 }
-int64_t Model::n_params() const noexcept { return state_->n_params; }
-int64_t Model::n_params_active() const noexcept { return state_->n_params_active; }
+int64_t Model::n_params() const noexcept {
+  return state_->n_params;
+}
+int64_t Model::n_params_active() const noexcept {
+  return state_->n_params_active;
+}
 int64_t Model::weight_bytes() const noexcept {
   int64_t bytes = 0;
   for (const run::MemoryRange& range : state_->ranges) bytes += range.size_bytes();

@@ -7,7 +7,9 @@
 namespace fathom {
 namespace {
 
-double gib(int64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30); }
+double gib(int64_t bytes) {
+  return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30);
+}
 
 // 1234567 -> "1,234,567".
 std::string grouped(int64_t value) {
@@ -21,8 +23,9 @@ std::string purposes_json(const PlanDevice& device, int phase) {
   std::string out;
   for (int p = 0; p < kPurposeCount; ++p) {
     const auto purpose = static_cast<Purpose>(p);
-    const int64_t bytes = phase < 0 ? device.planned(purpose)
-                                    : device.bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)];
+    const int64_t bytes = phase < 0
+                              ? device.planned(purpose)
+                              : device.bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)];
     out += fmt::format("{}\"{}\": {}", p ? ", " : "", purpose_name(purpose), bytes);
   }
   return "{" + out + "}";
@@ -36,10 +39,14 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
                          plan.model.kv_lora_rank, plan.model.qk_rope_head_dim, device.n_layers,
                          plan.kv_page_tokens);
     case Purpose::kActivations:
-    case Purpose::kWorkspace: return fmt::format("prefill chunk {}", plan.prefill_chunk);
-    case Purpose::kStaging: return "while loading";
-    case Purpose::kRuntime: return "threads, token history";
-    default: return "";
+    case Purpose::kWorkspace:
+      return fmt::format("prefill chunk {}", plan.prefill_chunk);
+    case Purpose::kStaging:
+      return "while loading";
+    case Purpose::kRuntime:
+      return "threads, token history";
+    default:
+      return "";
   }
 }
 
@@ -56,7 +63,8 @@ std::string Plan::to_json() const {
   add("max_context", fmt::format("{}", max_context));
   add("max_context_feasible", fmt::format("{}", max_context_feasible));
   add("prefill_chunk", fmt::format("{}", prefill_chunk));
-  add("attention_form", attention_form == AttentionForm::kExpanded ? "\"expanded\"" : "\"absorbed\"");
+  add("attention_form",
+      attention_form == AttentionForm::kExpanded ? "\"expanded\"" : "\"absorbed\"");
   add("kv_type", run::json_quote(kv_type_name(kv_type)));
   add("kv_page_tokens", fmt::format("{}", kv_page_tokens));
   add("sessions", fmt::format("{}", config.sessions_max));
@@ -68,7 +76,8 @@ std::string Plan::to_json() const {
                             purposes_json(device, p));
     list += fmt::format(
         "{}    {{\"name\": {}, \"budget_bytes\": {}, \"peak_bytes\": {}, \"first_layer\": {}, "
-        "\"n_layers\": {}, \"kv_page_bytes\": {},\n     \"purposes\": {},\n     \"phases\": {{{}}}}}",
+        "\"n_layers\": {}, \"kv_page_bytes\": {},\n     \"purposes\": {},\n     \"phases\": "
+        "{{{}}}}}",
         list.empty() ? "" : ",\n", run::json_quote(device.name), device.budget_bytes,
         device.peak_bytes(), device.first_layer, device.n_layers, device.kv_page_bytes,
         purposes_json(device, -1), phases);
@@ -107,8 +116,8 @@ std::string Plan::describe() const {
       if (bytes == 0) continue;
       const std::string per_token =
           purpose == Purpose::kKv
-              ? fmt::format("{} B", grouped(kv_bytes_per_token * device.n_layers /
-                                            model.num_hidden_layers))
+              ? fmt::format("{} B",
+                            grouped(kv_bytes_per_token * device.n_layers / model.num_hidden_layers))
               : "-";
       out += fmt::format("{:<8} {:<12} {:>18} {:>9.3f}  {:>12}  {}\n", device.name,
                          purpose_name(purpose), grouped(bytes), gib(bytes), per_token,
@@ -120,7 +129,8 @@ std::string Plan::describe() const {
   }
   if (feasible) {
     out += fmt::format("FITS: {} tokens per session", grouped(max_context));
-    if (max_context_feasible > max_context) out += fmt::format(" ({} would)", grouped(max_context_feasible));
+    if (max_context_feasible > max_context)
+      out += fmt::format(" ({} would)", grouped(max_context_feasible));
   } else {
     out += "DOES NOT FIT";
     if (binding_device >= 0)

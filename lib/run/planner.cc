@@ -13,8 +13,12 @@ constexpr int64_t kDefaultChunk = 512;
 constexpr int64_t kPageTargetBytes = int64_t{2} << 20;
 constexpr int64_t kMinPageTokens = 64, kMaxAutoPageTokens = 256;
 
-size_t index(Phase phase) { return static_cast<size_t>(phase); }
-size_t index(Purpose purpose) { return static_cast<size_t>(purpose); }
+size_t index(Phase phase) {
+  return static_cast<size_t>(phase);
+}
+size_t index(Purpose purpose) {
+  return static_cast<size_t>(purpose);
+}
 
 KvLayout layout_of(const Plan& plan) {
   return {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim};
@@ -37,9 +41,8 @@ SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
                                KvType kv_type, int64_t page_tokens) {
   Arena arena;
   nn::Scratch::carve(arena, config, chunk);
-  return {arena.peak_bytes(),
-          nn::measure_workspace(device, config, weights, layers.first, layers.count, chunk, kv_type,
-                                page_tokens)};
+  return {arena.peak_bytes(), nn::measure_workspace(device, config, weights, layers.first,
+                                                    layers.count, chunk, kv_type, page_tokens)};
 }
 
 int64_t token_history_bytes(int64_t max_tokens) noexcept {
@@ -63,7 +66,8 @@ Result<Planner> Planner::open(const EngineState& engine, const std::string& mode
   planner.path_ = model_path;
   FATHOM_TRY_ASSIGN(io::TensorFile file, io::TensorFile::open(model_path));
   if (!file.has_config())
-    return Status(Code::kFormat, fmt::format("{}: no model configuration (config.json)", model_path));
+    return Status(Code::kFormat,
+                  fmt::format("{}: no model configuration (config.json)", model_path));
   planner.file_ = std::make_unique<io::TensorFile>(std::move(file));
 
   // A model without a tokenizer, or with one of another kind, still runs on token ids.
@@ -95,8 +99,9 @@ Result<Plan> Planner::plan(const Config& config) {
     FATHOM_TRY_ASSIGN(const std::string asked, config.get(key));
     FATHOM_TRY_ASSIGN(const std::string has, fixed.get(key));
     if (asked != has)
-      return Status(Code::kConfig, fmt::format("{}={}: the engine was made with {}; make another engine",
-                                               key, asked, has))
+      return Status(Code::kConfig,
+                    fmt::format("{}={}: the engine was made with {}; make another engine", key,
+                                asked, has))
           .about(key);
   }
   FATHOM_TRY_ASSIGN(Plan plan, plan_once(config));
@@ -115,13 +120,12 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   if (!tokenizer_remark_.empty()) plan.remarks.push_back(tokenizer_remark_);
 
   const ModelConfig& c = plan.model;
-  plan.kv_type = config.kv_type.value_or(
-      config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kBF16);
+  plan.kv_type =
+      config.kv_type.value_or(config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kBF16);
   plan.kv_page_tokens = config.kv_page_tokens.value_or(auto_page_tokens(c, plan.kv_type));
   const KvLayout layout = layout_of(plan);
-  plan.kv_bytes_per_token =
-      c.num_hidden_layers *
-      (layout.latent_row_bytes(plan.kv_type) + layout.rope_row_bytes(plan.kv_type));
+  plan.kv_bytes_per_token = c.num_hidden_layers * (layout.latent_row_bytes(plan.kv_type) +
+                                                   layout.rope_row_bytes(plan.kv_type));
 
   FATHOM_TRY(place_layers(config, plan));
   const std::vector<int> devices = layer_devices(plan);
@@ -156,7 +160,8 @@ Status Planner::place_layers(const Config& config, Plan& plan) const {
   const int64_t n_layers = plan.model.num_hidden_layers;
   const auto n_devices = static_cast<int64_t>(engine_->devices.size());
   if (n_devices > n_layers)
-    return Status(Code::kConfig, fmt::format("devices: {} devices for {} layers", n_devices, n_layers))
+    return Status(Code::kConfig,
+                  fmt::format("devices: {} devices for {} layers", n_devices, n_layers))
         .about("devices");
   double budgets = 0;
   for (int d = 0; d < n_devices; ++d) {
@@ -215,10 +220,9 @@ void Planner::set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) c
                                                        : AttentionForm::kAbsorbed);
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
-    const SessionScratch scratch =
-        session_scratch(*engine_->devices[d], plan.model, map.weights(),
-                        {device.first_layer, device.n_layers}, chunk, plan.kv_type,
-                        plan.kv_page_tokens);
+    const SessionScratch scratch = session_scratch(*engine_->devices[d], plan.model, map.weights(),
+                                                   {device.first_layer, device.n_layers}, chunk,
+                                                   plan.kv_type, plan.kv_page_tokens);
     for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
       auto& bytes = device.bytes[index(phase)];
       bytes[index(Purpose::kActivations)] =
@@ -295,22 +299,22 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   if (!plan.feasible) name_what_binds(plan);
 
   if (!config.prefill_chunk)
-    plan.remarks.push_back(fmt::format("prefill.chunk: {} chosen{}", chunk,
-                                       chunk < std::min(kDefaultChunk, limit)
-                                           ? " (smaller, so that the context fits)" : ""));
+    plan.remarks.push_back(fmt::format(
+        "prefill.chunk: {} chosen{}", chunk,
+        chunk < std::min(kDefaultChunk, limit) ? " (smaller, so that the context fits)" : ""));
   if (!config.context_max)
     plan.remarks.push_back(
         context == trained
             ? fmt::format("context.max: {}, what the model was trained for", context)
-            : fmt::format("context.max: {}, what fits (the model was trained for {})", context, trained));
+            : fmt::format("context.max: {}, what fits (the model was trained for {})", context,
+                          trained));
 }
 
 void Planner::name_what_binds(Plan& plan) const {
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     const PlanDevice& device = plan.devices[d];
-    const int64_t short_by =
-        device.peak_bytes() -
-        std::min(budget(plan, static_cast<int>(d)), engine_->ledger.host_budget());
+    const int64_t short_by = device.peak_bytes() - std::min(budget(plan, static_cast<int>(d)),
+                                                            engine_->ledger.host_budget());
     if (short_by <= plan.bytes_short && plan.binding_device >= 0) continue;
     plan.binding_device = static_cast<int>(d);
     plan.bytes_short = std::max<int64_t>(short_by, 0);
@@ -361,9 +365,9 @@ void Planner::add_alternatives(Plan& plan) const {
       alternative.text += fmt::format("{}{}={}", alternative.text.empty() ? "" : " ", key, value);
     int64_t peak = 0;
     for (const PlanDevice& device : other->devices) peak += device.peak_bytes();
-    alternative.text += fmt::format(": peak {:.2f} GiB, {} tokens",
-                                    static_cast<double>(peak) / (int64_t{1} << 30),
-                                    alternative.max_context);
+    alternative.text +=
+        fmt::format(": peak {:.2f} GiB, {} tokens", static_cast<double>(peak) / (int64_t{1} << 30),
+                    alternative.max_context);
     plan.alternatives.push_back(std::move(alternative));
   }
 }

@@ -103,8 +103,9 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
     run::EngineState& engine = *model.engine().state();
     const int64_t max_tokens = options.max_tokens == 0 ? plan.max_context : options.max_tokens;
     if (max_tokens < 1 || max_tokens > plan.max_context)
-      return Status(Code::kInvalidArgument, fmt::format("max_tokens {} is not in [1, {}], what was planned",
-                                                        max_tokens, plan.max_context));
+      return Status(Code::kInvalidArgument,
+                    fmt::format("max_tokens {} is not in [1, {}], what was planned", max_tokens,
+                                plan.max_context));
     if (options.reserve_tokens < 0 || options.reserve_tokens > max_tokens)
       return Status(Code::kInvalidArgument, fmt::format("reserve_tokens {} is not in [0, {}]",
                                                         options.reserve_tokens, max_tokens));
@@ -132,17 +133,16 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
       FATHOM_TRY_ASSIGN(auto workspace,
                         engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
       Arena arena(activations.data(), activations.size_bytes());
-      state->stages.push_back(
-          {.device = &backend,
-           .op = {workspace.data(), workspace.size_bytes()},
-           .scratch = nn::Scratch::carve(arena, plan.model, plan.prefill_chunk),
-           .first_layer = device.first_layer,
-           .n_layers = device.n_layers});
+      state->stages.push_back({.device = &backend,
+                               .op = {workspace.data(), workspace.size_bytes()},
+                               .scratch = nn::Scratch::carve(arena, plan.model, plan.prefill_chunk),
+                               .first_layer = device.first_layer,
+                               .n_layers = device.n_layers});
       state->scratch.push_back(std::move(activations));
       state->scratch.push_back(std::move(workspace));
     }
-    const int64_t reserve = std::max(options.reserve_tokens,
-                                     std::min(plan.config.context_reserve, max_tokens));
+    const int64_t reserve =
+        std::max(options.reserve_tokens, std::min(plan.config.context_reserve, max_tokens));
     FATHOM_TRY(state->cache.reserve(reserve));
     return Session(std::move(state));
   });
@@ -156,8 +156,9 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
     const auto total = static_cast<int64_t>(tokens.size());
     const int64_t planned = s.model.plan().prefill_chunk;
     if (options.chunk < 0 || options.chunk > planned)
-      return Status(Code::kInvalidArgument, fmt::format("chunk {} is not in [0, {}], what was planned",
-                                                        options.chunk, planned));
+      return Status(
+          Code::kInvalidArgument,
+          fmt::format("chunk {} is not in [0, {}], what was planned", options.chunk, planned));
     if (total > s.cache.max_tokens() - s.n_tokens)
       return Status(Code::kContextFull,
                     fmt::format("{} tokens do not fit: the session holds {} of at most {}", total,
@@ -206,14 +207,19 @@ std::span<const float> Session::logits() const noexcept {
 std::span<const int32_t> Session::tokens() const noexcept {
   return {state_->tokens, static_cast<size_t>(state_->n_tokens)};
 }
-int64_t Session::n_tokens() const noexcept { return state_->n_tokens; }
-int64_t Session::max_tokens() const noexcept { return state_->cache.max_tokens(); }
+int64_t Session::n_tokens() const noexcept {
+  return state_->n_tokens;
+}
+int64_t Session::max_tokens() const noexcept {
+  return state_->cache.max_tokens();
+}
 
 Status Session::truncate(int64_t n_tokens) {
   run::SessionState& s = *state_;
   if (n_tokens < 0 || n_tokens > s.n_tokens)
-    return Status(Code::kInvalidArgument,
-                  fmt::format("truncate to {}: not in [0, {}], the tokens held", n_tokens, s.n_tokens));
+    return Status(
+        Code::kInvalidArgument,
+        fmt::format("truncate to {}: not in [0, {}], the tokens held", n_tokens, s.n_tokens));
   if (n_tokens < s.n_tokens) s.has_logits = false;
   s.n_tokens = n_tokens;
   s.cache.truncate(n_tokens);
@@ -226,9 +232,17 @@ Status Session::reserve(int64_t n_tokens) {
   return run::guarded([&] { return state_->cache.reserve(n_tokens); });
 }
 
-const KVCache& Session::cache() const noexcept { return state_->cache; }
-const Model& Session::model() const noexcept { return state_->model; }
-const SessionTimes& Session::times() const noexcept { return state_->times; }
-const std::vector<Event>& Session::events() const noexcept { return state_->events; }
+const KVCache& Session::cache() const noexcept {
+  return state_->cache;
+}
+const Model& Session::model() const noexcept {
+  return state_->model;
+}
+const SessionTimes& Session::times() const noexcept {
+  return state_->times;
+}
+const std::vector<Event>& Session::events() const noexcept {
+  return state_->events;
+}
 
 }  // namespace fathom

@@ -32,7 +32,7 @@ class SessionState final : public nn::RowSourceOf {
   KVCache cache;
   std::vector<MemoryRange> scratch;  // activations and workspace of each stage
   std::vector<nn::Stage> stages;
-  MemoryRange history;    // int32_t [max_tokens]
+  MemoryRange history;  // int32_t [max_tokens]
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;
   bool has_logits = false;

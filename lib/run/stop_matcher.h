@@ -43,7 +43,8 @@ class StopMatcher {
     size_t longest = 0;
     for (const std::string& stop : stops_)
       for (size_t n = std::min(held_.size(), stop.empty() ? 0 : stop.size() - 1); n > longest; --n)
-        if (std::string_view(held_).substr(held_.size() - n) == std::string_view(stop).substr(0, n)) {
+        if (std::string_view(held_).substr(held_.size() - n) ==
+            std::string_view(stop).substr(0, n)) {
           longest = n;
           break;
         }

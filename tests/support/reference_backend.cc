@@ -16,8 +16,9 @@ namespace fathom::test {
 namespace {
 
 using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-using FloatMap = Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>,
-                            0, Eigen::OuterStride<>>;
+using FloatMap =
+    Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0,
+               Eigen::OuterStride<>>;
 
 // Only unquantised rows: what the reference compares is attention, not the page codec.
 double read_value(const void* row, int64_t i, KvType type) {
@@ -134,7 +135,8 @@ class ReferenceBackend final : public Backend {
   }
 
   void matmul(const OpContext&, const MatmulParams& p) noexcept override {
-    const Matrix y = rows_of(p.x, p.x_stride, p.n_rows, p.w->cols) * weight_matrix(*p.w, 0).transpose();
+    const Matrix y =
+        rows_of(p.x, p.x_stride, p.n_rows, p.w->cols) * weight_matrix(*p.w, 0).transpose();
     for (int64_t t = 0; t < p.n_rows; ++t)
       for (int64_t r = 0; r < p.w->rows; ++r) {
         float& out = p.out[t * p.out_stride + r];
@@ -146,8 +148,8 @@ class ReferenceBackend final : public Backend {
     for (int64_t h = 0; h < p.w->count; ++h) {
       Matrix w = weight_matrix(*p.w, h);
       if (p.transposed) w.transposeInPlace();
-      const Matrix y =
-          rows_of(p.x + h * p.x_head_stride, p.x_token_stride, p.n_tokens, w.cols()) * w.transpose();
+      const Matrix y = rows_of(p.x + h * p.x_head_stride, p.x_token_stride, p.n_tokens, w.cols()) *
+                       w.transpose();
       for (int64_t t = 0; t < p.n_tokens; ++t)
         for (int64_t r = 0; r < w.rows(); ++r)
           p.out[t * p.out_token_stride + h * p.out_head_stride + r] = static_cast<float>(y(t, r));
@@ -167,7 +169,8 @@ class ReferenceBackend final : public Backend {
   void rope(const OpContext&, const RopeParams& p) noexcept override {
     for (int64_t t = 0; t < p.n_tokens; ++t)
       for (int64_t h = 0; h < p.n_heads; ++h)
-        rotate(p.x + t * p.token_stride + h * p.head_stride, p.cos_sin + t * p.rope_dim, p.rope_dim);
+        rotate(p.x + t * p.token_stride + h * p.head_stride, p.cos_sin + t * p.rope_dim,
+               p.rope_dim);
   }
 
   void kv_append(const OpContext& op, const KvAppendParams& p) noexcept override {
@@ -176,7 +179,8 @@ class ReferenceBackend final : public Backend {
     std::vector<float> rope(static_cast<size_t>(layout.qk_rope_head_dim));
     for (int64_t i = 0; i < p.rows.n_rows; ++i) {
       const float* kv = p.kv + i * p.kv_stride;
-      rms_norm(op, {kv, p.kv_stride, p.norm_weight, p.eps, 1, layout.kv_lora_rank, latent.data(), 0});
+      rms_norm(op,
+               {kv, p.kv_stride, p.norm_weight, p.eps, 1, layout.kv_lora_rank, latent.data(), 0});
       std::copy_n(kv + layout.kv_lora_rank, rope.size(), rope.data());
       rotate(rope.data(), p.cos_sin + i * layout.qk_rope_head_dim, layout.qk_rope_head_dim);
       const Row row = row_of(p.rows, p.rows.first_row + i);
@@ -198,7 +202,8 @@ class ReferenceBackend final : public Backend {
         for (int64_t i = 0; i < rope; ++i)
           q(rank + i) = p.q_rope[t * p.q_rope_token_stride + h * p.q_rope_head_stride + i];
         const int64_t seen = std::min(keys.rows(), p.first_position + t + 1);
-        const Eigen::VectorXd weights = softmax(keys.topRows(seen) * q.transpose() * double{p.scale});
+        const Eigen::VectorXd weights =
+            softmax(keys.topRows(seen) * q.transpose() * double{p.scale});
         const Eigen::RowVectorXd out = weights.transpose() * keys.topRows(seen).leftCols(rank);
         for (int64_t i = 0; i < rank; ++i)
           p.out[(t * p.n_heads + h) * rank + i] = static_cast<float>(out(i));
@@ -215,7 +220,8 @@ class ReferenceBackend final : public Backend {
       keys << rows.leftCols(rank) * k_b.transpose(), rows.rightCols(rope);
       const Matrix values = rows.leftCols(rank) * weight_matrix(*p.v_b, h).transpose();
       for (int64_t t = 0; t < p.n_tokens; ++t) {
-        const Matrix q = rows_of(p.q + t * p.q_token_stride + h * p.q_head_stride, 0, 1, keys.cols());
+        const Matrix q =
+            rows_of(p.q + t * p.q_token_stride + h * p.q_head_stride, 0, 1, keys.cols());
         const int64_t seen = std::min(rows.rows(), p.first_position + t + 1);
         const Eigen::VectorXd weights =
             softmax(keys.topRows(seen) * q.row(0).transpose() * double{p.scale});
@@ -248,14 +254,15 @@ class ReferenceBackend final : public Backend {
       for (size_t k = 0; k < best.size(); ++k) {
         const size_t at = static_cast<size_t>(t * p.num_experts_per_tok) + k;
         p.ids[at] = static_cast<int32_t>(best[k]);
-        p.weights[at] = static_cast<float>(
-            score[best[k]] / (p.norm_topk_prob ? total + 1e-20 : 1) * double{p.routed_scaling_factor});
+        p.weights[at] = static_cast<float>(score[best[k]] / (p.norm_topk_prob ? total + 1e-20 : 1) *
+                                           double{p.routed_scaling_factor});
       }
     }
   }
 
   void ffn(const OpContext&, const FfnParams& p) noexcept override {
-    const Matrix y = network(rows_of(p.x, p.gate->cols, p.n_tokens, p.gate->cols), p.gate, p.up, p.down, 0);
+    const Matrix y =
+        network(rows_of(p.x, p.gate->cols, p.n_tokens, p.gate->cols), p.gate, p.up, p.down, 0);
     for (int64_t t = 0; t < p.n_tokens; ++t)
       for (int64_t i = 0; i < y.cols(); ++i) {
         float& out = p.out[t * y.cols() + i];
@@ -278,7 +285,8 @@ class ReferenceBackend final : public Backend {
 
  private:
   static Matrix rows_of(const float* x, int64_t stride, int64_t n_rows, int64_t n_cols) {
-    return FloatMap(x, n_rows, n_cols, Eigen::OuterStride<>(std::max<int64_t>(stride, 1))).cast<double>();
+    return FloatMap(x, n_rows, n_cols, Eigen::OuterStride<>(std::max<int64_t>(stride, 1)))
+        .cast<double>();
   }
   static Matrix network(const Matrix& x, const Weight* gate, const Weight* up, const Weight* down,
                         int64_t index) {
@@ -338,6 +346,8 @@ class ReferenceBackend final : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_reference_backend() { return std::make_unique<ReferenceBackend>(); }
+std::unique_ptr<Backend> make_reference_backend() {
+  return std::make_unique<ReferenceBackend>();
+}
 
 }  // namespace fathom::test
