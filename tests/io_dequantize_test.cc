@@ -10,83 +10,12 @@
 
 #include "fathom/quant.hpp"
 #include "fathom/tensor.hpp"
+#include "lib/io/tensor_file.h"
 #include "support/golden.h"
 
 using namespace fathom;
 
 namespace {
-
-// ---- blocks.gguf, read without lib/io ----
-
-struct StoredRows {
-  std::string name;
-  DType dtype = DType::kF32;
-  int64_t elements = 0;
-  const std::byte* data = nullptr;
-};
-
-// Reads exactly what blocks.gguf holds: string metadata, two-dimensional tensors.
-class BlocksFile {
- public:
-  explicit BlocksFile(const std::string& path) : bytes_(test::read_file(path)) {
-    at_ = 8;
-    const auto n_tensors = take<uint64_t>();
-    const auto n_keys = take<uint64_t>();
-    for (uint64_t i = 0; i < n_keys; ++i) {
-      take_string();
-      REQUIRE(take<uint32_t>() == 8);  // a string
-      take_string();
-    }
-    std::vector<uint64_t> offsets;
-    for (uint64_t i = 0; i < n_tensors; ++i) {
-      StoredRows rows;
-      rows.name = take_string();
-      REQUIRE(take<uint32_t>() == 2);
-      rows.elements = static_cast<int64_t>(take<uint64_t>());
-      rows.elements *= static_cast<int64_t>(take<uint64_t>());
-      take<uint32_t>();  // the type: told by the name as well
-      rows.dtype = dtype_named(rows.name.substr(5));
-      offsets.push_back(take<uint64_t>());
-      rows_.push_back(rows);
-    }
-    const size_t base = (at_ + 31) / 32 * 32;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      rows_[i].data = bytes_.data() + base + offsets[i];
-      const auto end =
-          base + offsets[i] + static_cast<size_t>(row_bytes(rows_[i].dtype, rows_[i].elements));
-      REQUIRE(end <= bytes_.size());
-    }
-  }
-  const std::vector<StoredRows>& rows() const { return rows_; }
-
- private:
-  template <class T>
-  T take() {
-    REQUIRE(at_ + sizeof(T) <= bytes_.size());
-    T value;
-    std::memcpy(&value, bytes_.data() + at_, sizeof(T));
-    at_ += sizeof(T);
-    return value;
-  }
-  std::string take_string() {
-    const auto length = static_cast<size_t>(take<uint64_t>());
-    REQUIRE(at_ + length <= bytes_.size());
-    std::string text(reinterpret_cast<const char*>(bytes_.data()) + at_, length);
-    at_ += length;
-    return text;
-  }
-  static DType dtype_named(const std::string& name) {
-    for (int i = 0; i < kDTypeCount; ++i) {
-      if (dtype_info(static_cast<DType>(i)).name == name) return static_cast<DType>(i);
-    }
-    FAIL("no element type is named " << name);
-    return DType::kF32;
-  }
-
-  std::vector<std::byte> bytes_;
-  size_t at_ = 0;
-  std::vector<StoredRows> rows_;
-};
 
 // ---- small floating-point formats, by their definition ----
 
@@ -188,20 +117,24 @@ TEST_CASE("dtype table: names are unique, sizes are those of the blocks") {
 }
 
 TEST_CASE("dequantize: bit-exact to gguf-py for every type of blocks.gguf, aligned or not") {
-  const BlocksFile blocks(test::test_data("quant/blocks.gguf"));
+  auto source = io::open_file(test::test_data("quant/blocks.gguf"));
+  REQUIRE(source.ok());
+  auto blocks = io::TensorFile::parse_gguf(std::move(source).value());
+  INFO(blocks.status().message());
+  REQUIRE(blocks.ok());
   const test::Golden golden =
       test::Golden::load(test::test_data("quant/blocks.golden.safetensors"));
-  REQUIRE(blocks.rows().size() == golden.tensors().size());
+  REQUIRE(blocks->tensors().size() == golden.tensors().size());
   std::set<DType> seen;
-  for (const StoredRows& rows : blocks.rows()) {
+  for (const io::TensorInfo& rows : blocks->tensors()) {
     const std::span<const float> expected = golden.f32(rows.name);
-    REQUIRE(static_cast<int64_t>(expected.size()) == rows.elements);
-    const auto bytes = static_cast<size_t>(row_bytes(rows.dtype, rows.elements));
+    REQUIRE(static_cast<int64_t>(expected.size()) == rows.elements());
+    REQUIRE(rows.name.substr(5) == dtype_info(rows.dtype).name);
     for (size_t shift : {0u, 1u, 3u}) {
-      std::vector<std::byte> source(bytes + shift);
-      std::memcpy(source.data() + shift, rows.data, bytes);
+      std::vector<std::byte> bytes(static_cast<size_t>(rows.bytes) + shift);
+      REQUIRE(blocks->read(rows, 0, std::span(bytes).subspan(shift)).ok());
       std::vector<float> got(expected.size(), -12345.0f);
-      dequantize(rows.dtype, source.data() + shift, rows.elements, got.data());
+      dequantize(rows.dtype, bytes.data() + shift, rows.elements(), got.data());
       INFO(rows.name << ", source shifted by " << shift);
       CHECK(test::describe(test::first_bit_difference(expected, got)) == "none");
     }
