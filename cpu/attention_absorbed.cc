@@ -202,14 +202,18 @@ void finish_columns(const AttendAbsorbedParams& p, const Absorbed& shape, int64_
   }
 }
 
-// Rows of split number `split` that this call has.
+// One past the last row that any query of this call sees.
+int64_t visible_end(const AttendAbsorbedParams& p) noexcept {
+  return std::min(p.rows.first_row + p.rows.n_rows, p.first_position + p.n_tokens);
+}
+
+// Rows of split number `split` that this call has and any query sees.
 struct SplitRows {
   int64_t first, end;
 };
 SplitRows split_rows(const AttendAbsorbedParams& p, int64_t split) noexcept {
   const int64_t first = split * kKvSplitRows;
-  return {std::max(first, p.rows.first_row),
-          std::min(first + kKvSplitRows, p.rows.first_row + p.rows.n_rows)};
+  return {std::max(first, p.rows.first_row), std::min(first + kKvSplitRows, visible_end(p))};
 }
 
 }  // namespace
@@ -223,10 +227,9 @@ void attend_absorbed(const CpuContext& context, const OpContext& op,
   const Absorbed shape(context, p, op.workspace);
   if (shape.n_columns == 0) return;
   const int lanes = context.rows->lanes;
-  // Rows beyond the last query are nobody's; first_split .. end_split cover the others.
-  const int64_t end_row = std::min(p.rows.first_row + p.rows.n_rows, p.first_position + p.n_tokens);
   const int64_t first_split = p.rows.first_row / kKvSplitRows;
-  const int64_t end_split = std::max(first_split, (end_row + kKvSplitRows - 1) / kKvSplitRows);
+  const int64_t end_split =
+      std::max(first_split, (visible_end(p) + kKvSplitRows - 1) / kKvSplitRows);
 
   const auto make_block = [&](int64_t first, int64_t n_cols) -> Block {
     const int64_t n = std::min(n_cols, shape.n_columns - first);

@@ -30,21 +30,6 @@ namespace {
 
 constexpr HugePages kHugePages = HugePages::kAdvise;
 
-const RowKernels& row_kernels(Isa isa) noexcept {
-  switch (isa) {
-#if defined(FATHOM_HAVE_X86_KERNELS)
-    case Isa::kAmx:
-      return row_kernels_amx();
-    case Isa::kAvx512:
-      return row_kernels_avx512();
-    case Isa::kAvx2:
-      return row_kernels_avx2();
-#endif
-    default:
-      return row_kernels_scalar();
-  }
-}
-
 }  // namespace
 
 Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options) {

@@ -41,6 +41,21 @@ void append_row(const RowKernels& kernels, const KvAppendParams& p, int64_t inde
 
 }  // namespace
 
+const RowKernels& row_kernels(Isa isa) noexcept {
+  switch (isa) {
+#if defined(FATHOM_HAVE_X86_KERNELS)
+    case Isa::kAmx:
+      return row_kernels_amx();
+    case Isa::kAvx512:
+      return row_kernels_avx512();
+    case Isa::kAvx2:
+      return row_kernels_avx2();
+#endif
+    default:
+      return row_kernels_scalar();
+  }
+}
+
 void rms_norm(const CpuContext& context, const RmsNormParams& p) noexcept {
   const RowKernels& kernels = *context.rows;
   for_row_groups(context, p.n_rows, p.n_cols, [&](int64_t first, int64_t end) {

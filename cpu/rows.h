@@ -6,6 +6,9 @@
 
 namespace fathom::cpu {
 
+// The kernels of an instruction set.
+const RowKernels& row_kernels(Isa isa) noexcept;
+
 void rms_norm(const CpuContext&, const RmsNormParams&) noexcept;
 void rope_table(const CpuContext&, const RopeTableParams&) noexcept;
 void rope(const CpuContext&, const RopeParams&) noexcept;
