@@ -2,6 +2,7 @@
 // Q8_0, MXFP4 and the ternary types.  K types: dequantize_k.cc.  IQ types: dequantize_iq.cc.
 #include "dequantize.h"
 
+#include <array>
 #include <cassert>
 
 #include "fathom/tensor.hpp"
@@ -21,6 +22,17 @@ void decode_plain(const void* src, int64_t n, float* out, Convert convert) noexc
   }
 }
 
+void f8_e4m3(const void* src, int64_t n, float* out) noexcept {
+  static constexpr auto kValues = [] {
+    std::array<float, 256> values{};
+    for (int code = 0; code < 256; ++code) {
+      values[static_cast<size_t>(code)] = e4m3_value(static_cast<uint8_t>(code));
+    }
+    return values;
+  }();
+  decode_plain<uint8_t>(src, n, out, [](uint8_t code) { return kValues[code]; });
+}
+
 void q4_0(const BlockQ4_0& b, float* out) noexcept {
   const float d = f16_value(b.d);
   for (int j = 0; j < 16; ++j) {
@@ -37,20 +49,36 @@ void q4_1(const BlockQ4_1& b, float* out) noexcept {
   }
 }
 
-// Code of value i of a Q5 block: four bits from qs, the fifth from qh.
-int q5_code(const uint8_t* qs, const uint8_t* qh, int i) noexcept {
-  const int low = i < 16 ? qs[i] & 15 : qs[i - 16] >> 4;
-  return low | (qh[i / 8] >> (i % 8) & 1) << 4;
+// Code of values j and j + 16 of a Q5 block: four bits from qs, the fifth from qh.
+struct Q5Codes {
+  int low, high;
+};
+
+Q5Codes q5_codes(uint8_t qs, uint32_t qh, int j) noexcept {
+  return {static_cast<int>((qs & 15) | (qh >> j & 1) << 4),
+          static_cast<int>((qs >> 4) | (qh >> (j + 16) & 1) << 4)};
 }
 
 void q5_0(const BlockQ5_0& b, float* out) noexcept {
   const float d = f16_value(b.d);
-  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q5_code(b.qs, b.qh, i) - 16);
+  uint32_t qh;
+  std::memcpy(&qh, b.qh, sizeof qh);
+  for (int j = 0; j < 16; ++j) {
+    const Q5Codes codes = q5_codes(b.qs[j], qh, j);
+    out[j] = d * static_cast<float>(codes.low - 16);
+    out[j + 16] = d * static_cast<float>(codes.high - 16);
+  }
 }
 
 void q5_1(const BlockQ5_1& b, float* out) noexcept {
   const float d = f16_value(b.d), m = f16_value(b.m);
-  for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(q5_code(b.qs, b.qh, i)) + m;
+  uint32_t qh;
+  std::memcpy(&qh, b.qh, sizeof qh);
+  for (int j = 0; j < 16; ++j) {
+    const Q5Codes codes = q5_codes(b.qs[j], qh, j);
+    out[j] = d * static_cast<float>(codes.low) + m;
+    out[j + 16] = d * static_cast<float>(codes.high) + m;
+  }
 }
 
 void q8_0(const BlockQ8_0& b, float* out) noexcept {
@@ -86,9 +114,11 @@ void tq1_0(const BlockTQ1_0& b, float* out) noexcept {
 
 void tq2_0(const BlockTQ2_0& b, float* out) noexcept {
   const float d = f16_value(b.d);
-  for (int i = 0; i < kSuperBlock; ++i) {
-    const int code = b.qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
-    out[i] = d * static_cast<float>(code - 1);
+  for (int j = 0; j < 8; ++j) {
+    const uint8_t* qs = b.qs + j / 4 * 32;
+    for (int k = 0; k < 32; ++k) {
+      out[32 * j + k] = d * static_cast<float>((qs[k] >> (j % 4 * 2) & 3) - 1);
+    }
   }
 }
 
@@ -154,13 +184,13 @@ void dequantize(DType dtype, const void* src, int64_t n, float* out) noexcept {
       std::memcpy(out, src, static_cast<size_t>(n) * sizeof(float));
       return;
     case DType::kF16:
-      return io::decode_plain<uint16_t>(src, n, out, io::f16_value);
+      return io::decode_plain<uint16_t>(src, n, out, [](uint16_t v) { return io::f16_value(v); });
     case DType::kBF16:
-      return io::decode_plain<uint16_t>(src, n, out, io::bf16_value);
+      return io::decode_plain<uint16_t>(src, n, out, [](uint16_t v) { return io::bf16_value(v); });
     case DType::kF64:
       return io::decode_plain<double>(src, n, out, [](double v) { return static_cast<float>(v); });
     case DType::kF8E4M3:
-      return io::decode_plain<uint8_t>(src, n, out, io::e4m3_value);
+      return io::f8_e4m3(src, n, out);
     default:
       if (const io::BlockDecoder decode = io::block_decoder(dtype)) {
         decode(src, n / dtype_info(dtype).block_elements, out);

@@ -33,7 +33,7 @@ inline float bf16_value(uint16_t bits) noexcept {
 }
 
 // E4M3 without infinities: 0x7f and 0xff are NaN, the largest value is 448.
-inline float e4m3_value(uint8_t code) noexcept {
+constexpr float e4m3_value(uint8_t code) noexcept {
   const uint32_t sign = static_cast<uint32_t>(code & 0x80) << 24;
   const uint32_t magnitude = static_cast<uint32_t>(code & 0x7f) << 20;
   const uint32_t rebased = magnitude + (120u << 23);  // exponent bias 7 -> 127

@@ -22,15 +22,17 @@ uint8_t even_signs(uint32_t seven_bits) noexcept {
   return static_cast<uint8_t>(bits | (std::popcount(bits) & 1) << 7);
 }
 
-float sign(uint8_t signs, int i) noexcept {
-  return (signs >> i & 1) != 0 ? -1.0f : 1.0f;
+// `value` times -1 if bit `i` of `signs` is set.
+float with_sign(float value, uint8_t signs, int i) noexcept {
+  const uint32_t sign = static_cast<uint32_t>(signs >> i & 1) << 31;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(value) ^ sign);
 }
 
 // Eight values of an IQ2 grid point: two-bit indices, value 0 lowest.
 void iq2_group(float scale, uint16_t point, uint8_t signs, float* out) noexcept {
   constexpr float kMagnitude[4] = {8, 25, 43, 0};  // a point never holds index 3
   for (int i = 0; i < 8; ++i) {
-    out[i] = scale * kMagnitude[point >> (2 * i) & 3] * sign(signs, i);
+    out[i] = with_sign(scale * kMagnitude[point >> (2 * i) & 3], signs, i);
   }
 }
 
@@ -67,8 +69,8 @@ void iq2_s(const BlockIQ2_S& b, float* out) noexcept {
 void iq3_group(float scale, const float* magnitudes, uint16_t point_a, uint16_t point_b,
                uint8_t signs, float* out) noexcept {
   for (int i = 0; i < 4; ++i) {
-    out[i] = scale * magnitudes[point_a >> (4 * i) & 7] * sign(signs, i);
-    out[4 + i] = scale * magnitudes[point_b >> (4 * i) & 7] * sign(signs, 4 + i);
+    out[i] = with_sign(scale * magnitudes[point_a >> (4 * i) & 7], signs, i);
+    out[4 + i] = with_sign(scale * magnitudes[point_b >> (4 * i) & 7], signs, 4 + i);
   }
 }
 

@@ -4,9 +4,14 @@
 namespace fathom::io {
 namespace {
 
-// Two-bit codes as Q2_K and Q3_K store them: code of value i.
-int two_bits(const uint8_t* qs, int i) noexcept {
-  return qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3;
+// Where the two-bit codes of a sub-block of 16 values stand in Q2_K and Q3_K.
+struct TwoBits {
+  const uint8_t* bytes;  // [16]
+  int shift;
+};
+
+TwoBits two_bits(const uint8_t* qs, int sub_block) noexcept {
+  return {qs + sub_block / 8 * 32 + sub_block % 2 * 16, sub_block % 8 / 2 * 2};
 }
 
 void q2_k(const BlockQ2_K& b, float* out) noexcept {
@@ -14,8 +19,9 @@ void q2_k(const BlockQ2_K& b, float* out) noexcept {
   for (int j = 0; j < 16; ++j) {
     const float dl = d * static_cast<float>(b.scales[j] & 15);
     const float ml = dmin * static_cast<float>(b.scales[j] >> 4);
-    for (int i = 16 * j; i < 16 * j + 16; ++i) {
-      out[i] = dl * static_cast<float>(two_bits(b.qs, i)) - ml;
+    const TwoBits codes = two_bits(b.qs, j);
+    for (int k = 0; k < 16; ++k) {
+      out[16 * j + k] = dl * static_cast<float>(codes.bytes[k] >> codes.shift & 3) - ml;
     }
   }
 }
@@ -26,9 +32,12 @@ void q3_k(const BlockQ3_K& b, float* out) noexcept {
     const int low = b.scales[j % 8] >> (j / 8 * 4) & 15;
     const int high = b.scales[8 + j % 4] >> (j / 4 * 2) & 3;
     const float dl = d * static_cast<float>((low | high << 4) - 32);
-    for (int i = 16 * j; i < 16 * j + 16; ++i) {
-      const int offset = (b.hmask[i % 32] >> (i / 32) & 1) != 0 ? 0 : 4;
-      out[i] = dl * static_cast<float>(two_bits(b.qs, i) - offset);
+    const TwoBits codes = two_bits(b.qs, j);
+    const uint8_t* hmask = b.hmask + j % 2 * 16;
+    for (int k = 0; k < 16; ++k) {
+      // The third bit stands for 4, less the offset of 4.
+      const int code = (codes.bytes[k] >> codes.shift & 3) + (hmask[k] >> (j / 2) & 1) * 4 - 4;
+      out[16 * j + k] = dl * static_cast<float>(code);
     }
   }
 }
