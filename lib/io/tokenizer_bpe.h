@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <queue>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -56,22 +58,45 @@ class BpeEncoder {
       : merges_(merges), byte_token_(byte_token) {}
 
   // Appends the tokens of `piece` (shorter than 2^32 - 1 bytes): of all neighbours that merge, the
-  // pair of the lowest rank first, of equals the leftmost.  O(n log n), and 20 bytes of scratch per
-  // byte of a piece of more than kShort bytes.
+  // pair of the lowest rank first, of equals the leftmost.  O(n log n) for any table of merges.
+  // A piece of more than kShort bytes takes about 20 bytes of scratch per byte.
   void encode(std::string_view piece, std::vector<int32_t>& ids);
 
  private:
   static constexpr size_t kShort = 64;
+  static constexpr uint32_t kGone = UINT32_MAX;  // id of what was merged into its left neighbour
   struct Symbol {
     uint32_t id, previous, next;  // places; next == n: the last one
   };
+  // Places by rank; the lists of few ranks are alive at a time.
+  class Waiting {
+   public:
+    bool empty() const noexcept { return ranks_.empty(); }
+    void add(uint32_t rank, uint32_t place);
+    // The lowest rank, whose places are moved to `places`.
+    uint32_t take_lowest(std::vector<uint32_t>& places);
+
+   private:
+    static constexpr uint32_t kNoList = UINT32_MAX;
+    std::vector<uint32_t> list_of_;  // by rank
+    std::vector<std::vector<uint32_t>> lists_;
+    std::vector<uint32_t> free_;  // lists without a rank
+    std::priority_queue<uint32_t, std::vector<uint32_t>, std::greater<>> ranks_;
+  };
+
   void encode_short(std::string_view piece, std::vector<int32_t>& ids) const;
   void encode_long(std::string_view piece, std::vector<int32_t>& ids);
+  static uint64_t key(uint32_t rank, uint32_t place) noexcept {
+    return static_cast<uint64_t>(rank) << 32 | place;
+  }
+  uint32_t rank_at(uint32_t place) const noexcept;
+  void merge(uint32_t rank, uint32_t place, uint32_t sweep_rank);
 
   const MergeTable& merges_;
   const int32_t* byte_token_;
   std::vector<Symbol> symbols_;
-  std::vector<uint64_t> heap_;
+  Waiting waiting_;
+  std::priority_queue<uint64_t, std::vector<uint64_t>, std::greater<>> urgent_;
 };
 
 }  // namespace fathom::io
