@@ -1,5 +1,5 @@
-// Routing: small cases by hand, a plain second implementation for many shapes, the golden routes
-// of V2 and V3, and ids that stay valid whatever the scores are.
+// Routing: small cases by hand, a plain second implementation for many shapes, and ids that stay
+// valid whatever the scores are.  The golden routes are compared where whole models run.
 #include "cpu/route.h"
 
 #include <algorithm>
