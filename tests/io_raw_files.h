@@ -8,6 +8,7 @@
 #include <catch2/catch.hpp>
 #include <cstdint>
 #include <cstring>
+#include <ctime>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -256,6 +257,15 @@ inline std::string replaced(std::string text, std::string_view from, std::string
   REQUIRE(text.find(from, at + 1) == text.npos);
   return text.replace(at, from.size(), to);
 }
+
+// Processor time of this process: unlike the clock on the wall it does not count other programs.
+class CpuTimer {
+ public:
+  double seconds() const { return static_cast<double>(std::clock() - start_) / CLOCKS_PER_SEC; }
+
+ private:
+  std::clock_t start_ = std::clock();
+};
 
 // A refusal of the expected kind that says something, and says nothing twice.
 inline void check_refused(const Status& status, Code expected) {

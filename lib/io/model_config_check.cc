@@ -28,8 +28,9 @@ Status check_router(const ModelConfig& c) {
                                          c.topk_group, c.n_group));
   const int64_t group_size = c.n_routed_experts / c.n_group;
   if (c.num_experts_per_tok > c.topk_group * group_size)
-    return bad("topk_group", fmt::format("{} groups of {} experts cannot give {} experts per token",
-                                         c.topk_group, group_size, c.num_experts_per_tok));
+    return bad("topk_group",
+               fmt::format("topk_group is {}: groups of {} experts cannot give {} per token",
+                           c.topk_group, group_size, c.num_experts_per_tok));
   // Groups are ranked by their two best experts there.
   if (c.topk_method == TopkMethod::kNoauxTc && c.n_group > 1 && group_size < 2)
     return bad("n_group",

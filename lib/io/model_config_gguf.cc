@@ -202,9 +202,11 @@ Status read_experts(const Keys& keys, std::span<const TensorInfo> tensors, Model
                               Keys::full("expert_gating_func"), gating))
         .about(Keys::full("expert_gating_func"));
   if (gating == kSoftmax && biased)
-    return Status(Code::kUnsupported,
-                  "the router has a bias (exp_probs_b) and softmax scores; a "
-                  "bias is supported with sigmoid scores only")
+    return Status(
+               Code::kUnsupported,
+               fmt::format("{} is 1 (softmax) in a file whose router has a bias (exp_probs_b); a "
+                           "bias is supported with sigmoid scores only",
+                           Keys::full("expert_gating_func")))
         .about(Keys::full("expert_gating_func"));
   c->scoring_func = gating == kSigmoid ? ScoringFunc::kSigmoid : ScoringFunc::kSoftmax;
   c->topk_method = gating == kSigmoid ? TopkMethod::kNoauxTc
