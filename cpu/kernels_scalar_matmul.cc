@@ -38,19 +38,25 @@ PackedValue read_q4_0(const uint8_t* block, int row, int col) noexcept {
   return {load_f16(block + 2 * row), 0, nibble(block + PackedQ4_0::kCodes, row, col) - 8};
 }
 
-PackedValue read_q4_k(const uint8_t* block, int row, int col) noexcept {
+// What Q4_K and Q5_K share: all but the fifth bit.
+template <class Type>
+PackedValue read_k(const uint8_t* block, int row, int col) noexcept {
   const int sub = col / 32;
-  const float scale = block[PackedQ4_K::kScales + 16 * sub + row];
-  const float min = block[PackedQ4_K::kMins + 16 * sub + row];
-  return {load_f16(block + 2 * row) * scale,
-          load_f16(block + PackedQ4_K::kMinFactors + 2 * row) * min,
-          nibble(block + PackedQ4_K::kCodes + 256 * sub, row, col % 32)};
+  const float scale = block[Type::kScales + 16 * sub + row];
+  const float min = block[Type::kMins + 16 * sub + row];
+  return {load_f16(block + 2 * row) * scale, load_f16(block + Type::kMinFactors + 2 * row) * min,
+          nibble(block + Type::kCodes + Type::kSubBytes * sub, row, col % 32)};
+}
+
+PackedValue read_q4_k(const uint8_t* block, int row, int col) noexcept {
+  return read_k<PackedQ4_K>(block, row, col);
 }
 
 PackedValue read_q5_k(const uint8_t* block, int row, int col) noexcept {
-  PackedValue value = read_q4_k(block, row, col);
+  PackedValue value = read_k<PackedQ5_K>(block, row, col);
   const int sub = col / 32, quad = col % 32 / 4;
-  const int bits = block[PackedQ5_K::kHigh + 64 * sub + 4 * row + col % 4];
+  const int bits = block[PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * sub + PackedQ5_K::kHigh +
+                         4 * row + col % 4];
   value.code |= (bits >> quad & 1) << 4;
   return value;
 }
@@ -58,10 +64,11 @@ PackedValue read_q5_k(const uint8_t* block, int row, int col) noexcept {
 PackedValue read_q6_k(const uint8_t* block, int row, int col) noexcept {
   const int sub = col / 32, quad = col % 32 / 4;
   const auto scale = static_cast<int8_t>(block[PackedQ6_K::kScales + 16 * (col / 16) + row]);
-  const int bits = block[PackedQ6_K::kHigh + 128 * sub + 64 * (quad / 4) + 4 * row + col % 4];
+  const uint8_t* codes = block + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * sub;
+  const int bits = codes[PackedQ6_K::kHigh + 64 * (quad / 4) + 4 * row + col % 4];
   const int high = bits >> (2 * (quad % 4)) & 3;
   return {load_f16(block + 2 * row) * static_cast<float>(scale), 0,
-          (nibble(block + PackedQ6_K::kCodes + 256 * sub, row, col % 32) | high << 4) - 32};
+          (nibble(codes, row, col % 32) | high << 4) - 32};
 }
 
 using ReadPacked = PackedValue (*)(const uint8_t* block, int row, int col) noexcept;

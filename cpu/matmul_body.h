@@ -66,27 +66,31 @@ struct ReadQ4_0 : PackedQ4_0 {
   }
 };
 
-struct ReadQ4_K : PackedQ4_K {
+// What Q4_K and Q5_K share: all but the fifth bit.
+template <class Layout>
+struct ReadK : Layout {
   static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
-  static constexpr int kMaxCode = 15, kOffset = 0;
+  static constexpr int kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half),
-            f_load_f16(block + kMinFactors + 2 * kLanes * half)};
+            f_load_f16(block + Layout::kMinFactors + 2 * kLanes * half)};
   }
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    load_nibbles(block + kCodes + 256 * sub + 4 * kLanes * half, c);
-    c.scale = f_mul(f.d, f_load_u8(block + kScales + 16 * sub + kLanes * half));
-    c.min = f_mul(f.dmin, f_load_u8(block + kMins + 16 * sub + kLanes * half));
+    load_nibbles(block + Layout::kCodes + Layout::kSubBytes * sub + 4 * kLanes * half, c);
+    c.scale = f_mul(f.d, f_load_u8(block + Layout::kScales + 16 * sub + kLanes * half));
+    c.min = f_mul(f.dmin, f_load_u8(block + Layout::kMins + 16 * sub + kLanes * half));
   }
 };
 
-struct ReadQ5_K : PackedQ5_K {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
-  static constexpr int kMaxCode = 31, kOffset = 0;
-  static Factors factors(const uint8_t* block, int half) { return ReadQ4_K::factors(block, half); }
+struct ReadQ4_K : ReadK<PackedQ4_K> {
+  static constexpr int kMaxCode = 15;
+};
+
+struct ReadQ5_K : ReadK<PackedQ5_K> {
+  static constexpr int kMaxCode = 31;
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    ReadQ4_K::read(block, sub, half, f, c);
-    const B bits = b_load(block + kHigh + 64 * sub + 4 * kLanes * half);
+    ReadK::read(block, sub, half, f, c);
+    const B bits = b_load(block + kCodes + kSubBytes * sub + kHigh + 4 * kLanes * half);
     c.w[0] = b_fifth_bit<0>(c.w[0], bits);
     c.w[1] = b_fifth_bit<1>(c.w[1], bits);
     c.w[2] = b_fifth_bit<2>(c.w[2], bits);
@@ -106,9 +110,10 @@ struct ReadQ6_K : PackedQ6_K {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
   }
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    load_nibbles(block + kCodes + 256 * sub + 4 * kLanes * half, c);
-    const B low = b_load(block + kHigh + 128 * sub + 4 * kLanes * half);
-    const B high = b_load(block + kHigh + 128 * sub + 64 + 4 * kLanes * half);
+    const uint8_t* codes = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
+    load_nibbles(codes, c);
+    const B low = b_load(codes + kHigh);
+    const B high = b_load(codes + kHigh + 64);
     c.w[0] = b_high_bits<0>(c.w[0], low);
     c.w[1] = b_high_bits<1>(c.w[1], low);
     c.w[2] = b_high_bits<2>(c.w[2], low);

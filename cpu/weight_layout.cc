@@ -58,10 +58,10 @@ void pack_k_scales(const uint8_t* d, const uint8_t* scales, int row, uint8_t* ou
     min[64] = static_cast<uint8_t>((scales[8 + k] >> 4) | (scales[4 + k] >> 6 << 4));
   }
 }
-void pack_k_nibbles(const uint8_t* qs, int row, uint8_t* out) noexcept {
+void pack_k_nibbles(const uint8_t* qs, int row, int sub_bytes, uint8_t* out) noexcept {
   for (int s = 0; s < 8; ++s) {
     const uint8_t* quarter = qs + 32 * (s / 2);
-    uint8_t* codes = out + PackedQ4_K::kCodes + 256 * s + 4 * row;
+    uint8_t* codes = out + PackedQ4_K::kCodes + sub_bytes * s + 4 * row;
     for (int j = 0; j < 4; ++j) {
       const uint32_t a = load32(quarter + 4 * j), b = load32(quarter + 16 + 4 * j);
       store32(codes + 64 * j, s % 2 == 0 ? (a & kNibbles) | (b & kNibbles) << 4
@@ -72,17 +72,18 @@ void pack_k_nibbles(const uint8_t* qs, int row, uint8_t* out) noexcept {
 
 void pack_q4_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   pack_k_scales(src + offsetof(BlockQ4_K, d), src + offsetof(BlockQ4_K, scales), row, out);
-  pack_k_nibbles(src + offsetof(BlockQ4_K, qs), row, out);
+  pack_k_nibbles(src + offsetof(BlockQ4_K, qs), row, PackedQ4_K::kSubBytes, out);
 }
 
 void pack_q5_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   pack_k_scales(src + offsetof(BlockQ5_K, d), src + offsetof(BlockQ5_K, scales), row, out);
-  pack_k_nibbles(src + offsetof(BlockQ5_K, qs), row, out);
+  pack_k_nibbles(src + offsetof(BlockQ5_K, qs), row, PackedQ5_K::kSubBytes, out);
   const uint8_t* qh = src + offsetof(BlockQ5_K, qh);
   for (int s = 0; s < 8; ++s) {
     uint32_t bits = 0;
     for (int j = 0; j < 8; ++j) bits |= (load32(qh + 4 * j) >> s & 0x01010101u) << j;
-    store32(out + PackedQ5_K::kHigh + 64 * s + 4 * row, bits);
+    store32(out + PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * s + PackedQ5_K::kHigh + 4 * row,
+            bits);
   }
 }
 
@@ -95,11 +96,11 @@ void pack_q6_k(const uint8_t* src, int row, uint8_t* out) noexcept {
     const uint8_t* ql = src + offsetof(BlockQ6_K, ql) + 64 * half + 32 * (part % 2);
     const uint8_t* qh = src + offsetof(BlockQ6_K, qh) + 32 * half;
     const int shift = 4 * (part / 2);
-    uint8_t* codes = out + PackedQ6_K::kCodes + 256 * s + 4 * row;
+    uint8_t* codes = out + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * s + 4 * row;
     for (int j = 0; j < 4; ++j)
       store32(codes + 64 * j, (load32(ql + 4 * j) >> shift & kNibbles) |
                                   (load32(ql + 16 + 4 * j) >> shift & kNibbles) << 4);
-    uint8_t* high = out + PackedQ6_K::kHigh + 128 * s + 4 * row;
+    uint8_t* high = codes + PackedQ6_K::kHigh;
     for (int v = 0; v < 2; ++v) {
       uint32_t bits = 0;
       for (int p = 0; p < 4; ++p)
