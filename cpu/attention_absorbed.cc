@@ -27,7 +27,7 @@ constexpr int64_t kMergeColumns = 4;  // columns of a merge task
 // Running state of a block of columns, as an empty split begins it.
 struct Partial {
   float *max, *sum;  // [cols]
-  float* out;        // [cols][out_stride]
+  float* out;        // [cols][latent_padded]
 };
 
 struct WorkerScratch {
@@ -110,23 +110,23 @@ struct Block {
 // queries[k][col] = scale * query of the column; zeros as padding.
 void gather_queries(const AttendAbsorbedParams& p, const Absorbed& shape, const Block& block,
                     float* queries) noexcept {
-  const int64_t rope = p.rows.layout.qk_rope_head_dim;
   const int64_t n_cols = block.n_padded;
-  for (int64_t col = 0; col < n_cols; ++col) {
-    float* out = queries + col;
-    if (col >= block.n) {
-      for (int64_t k = 0; k < shape.key_dim; ++k) out[k * n_cols] = 0;
-      continue;
-    }
-    const int64_t token = (block.first + col) / p.n_heads, head = (block.first + col) % p.n_heads;
-    const float* latent =
-        p.q_latent + token * p.q_latent_token_stride + head * p.q_latent_head_stride;
-    const float* position = p.q_rope + token * p.q_rope_token_stride + head * p.q_rope_head_stride;
-    int64_t k = 0;
-    for (; k < shape.latent; ++k) out[k * n_cols] = latent[k] * p.scale;
-    for (; k < shape.latent_padded; ++k) out[k * n_cols] = 0;
-    for (int64_t i = 0; i < rope; ++i) out[(k + i) * n_cols] = position[i] * p.scale;
-  }
+  const auto token = [&](int64_t col) { return (block.first + col) / p.n_heads; };
+  const auto head = [&](int64_t col) { return (block.first + col) % p.n_heads; };
+  gather_columns(
+      shape.latent, n_cols, block.n, p.scale,
+      [&](int64_t col) {
+        return p.q_latent + token(col) * p.q_latent_token_stride +
+               head(col) * p.q_latent_head_stride;
+      },
+      queries);
+  std::fill(queries + shape.latent * n_cols, queries + shape.latent_padded * n_cols, 0.0f);
+  gather_columns(
+      p.rows.layout.qk_rope_head_dim, n_cols, block.n, p.scale,
+      [&](int64_t col) {
+        return p.q_rope + token(col) * p.q_rope_token_stride + head(col) * p.q_rope_head_stride;
+      },
+      queries + shape.latent_padded * n_cols);
 }
 
 // Attention of a block over rows [first_row, end_row) of one split, from an empty state.
@@ -135,7 +135,7 @@ void attend_split(const CpuContext& context, const AttendAbsorbedParams& p, cons
                   int64_t end_row, const Partial& partial) noexcept {
   std::fill_n(partial.max, block.n_padded, kLowest);
   std::fill_n(partial.sum, block.n_padded, 0.0f);
-  std::fill_n(partial.out, block.n_padded * shape.latent_padded, 0.0f);
+  std::fill_n(partial.out, block.n * shape.latent_padded, 0.0f);
   const int64_t first_token = block.first / p.n_heads;
   const int64_t last_token = (block.first + block.n - 1) / p.n_heads;
   const int64_t last_seen = p.first_position + last_token;
@@ -152,6 +152,7 @@ void attend_split(const CpuContext& context, const AttendAbsorbedParams& p, cons
       }
     context.rows->attend_tile({.queries = scratch.queries,
                                .n_cols = block.n_padded,
+                               .n_used = block.n,
                                .keys = scratch.tile,
                                .key_stride = shape.stride,
                                .k = shape.key_dim,
@@ -280,15 +281,11 @@ void attend_absorbed(const CpuContext& context, const OpContext& op,
       gather_queries(p, shape, block, scratch.queries);
       const SplitRows rows = split_rows(p, split);
       const Partial partial = partial_of(split, block.first);
-      if (block.n == block.n_padded) {
-        attend_split(context, p, shape, scratch, block, rows.first, rows.end, partial);
-        return;
-      }
-      // The padding columns stay behind.
-      attend_split(context, p, shape, scratch, block, rows.first, rows.end, scratch.partial);
+      // Maximum and sum of padding columns stay behind.
+      attend_split(context, p, shape, scratch, block, rows.first, rows.end,
+                   {scratch.partial.max, scratch.partial.sum, partial.out});
       std::copy_n(scratch.partial.max, block.n, partial.max);
       std::copy_n(scratch.partial.sum, block.n, partial.sum);
-      std::copy_n(scratch.partial.out, block.n * shape.latent_padded, partial.out);
     });
     const bool first_wave = wave == first_split, last_wave = wave + wave_splits >= end_split;
     context.threads->parallel_for(n_merges, [&](int64_t task, int) {

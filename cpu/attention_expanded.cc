@@ -108,21 +108,18 @@ struct Task {
 
 // queries[block][k][col] = scale * query; zeros as padding.
 void gather_queries(const AttendExpandedParams& p, const Expanded& s, const Task& task) noexcept {
-  for (int64_t block = task.first; block < task.end; block += kAttendMaxCols) {
+  constexpr int64_t kCols = kAttendMaxCols;
+  for (int64_t block = task.first; block < task.end; block += kCols) {
     float* queries = s.queries + (block - task.first) * s.key_dim;
-    for (int64_t col = 0; col < kAttendMaxCols; ++col) {
-      float* out = queries + col;
-      const int64_t token = block + col;
-      if (token >= task.end) {
-        for (int64_t k = 0; k < s.key_dim; ++k) out[k * kAttendMaxCols] = 0;
-        continue;
-      }
-      const float* q = p.q + token * p.q_token_stride + task.head * p.q_head_stride;
-      int64_t k = 0;
-      for (; k < s.nope; ++k) out[k * kAttendMaxCols] = q[k] * p.scale;
-      for (; k < s.nope_padded; ++k) out[k * kAttendMaxCols] = 0;
-      for (int64_t i = 0; i < s.rope; ++i) out[(k + i) * kAttendMaxCols] = q[s.nope + i] * p.scale;
-    }
+    const int64_t n = std::min(kCols, task.end - block);
+    const auto query = [&](int64_t col) {
+      return p.q + (block + col) * p.q_token_stride + task.head * p.q_head_stride;
+    };
+    gather_columns(s.nope, kCols, n, p.scale, query, queries);
+    std::fill(queries + s.nope * kCols, queries + s.nope_padded * kCols, 0.0f);
+    gather_columns(
+        s.rope, kCols, n, p.scale, [&](int64_t col) { return query(col) + s.nope; },
+        queries + s.nope_padded * kCols);
   }
 }
 
@@ -137,14 +134,11 @@ void attend_block(const CpuContext& context, const AttendExpandedParams& p, cons
     s.max[col] = p.state.max[state];
     s.sum[col] = p.state.sum[state];
     s.limits[col] = seen_rows(p.first_position + token, row);
-    float* out = s.out + col * s.value_padded;
-    if (col < n)
-      std::copy_n(p.out + state * s.value, s.value, out);
-    else
-      std::fill_n(out, s.value, 0.0f);
+    if (col < n) std::copy_n(p.out + state * s.value, s.value, s.out + col * s.value_padded);
   }
   context.rows->attend_tile({.queries = s.queries + (block - task.first) * s.key_dim,
                              .n_cols = kAttendMaxCols,
+                             .n_used = n,
                              .keys = s.keys,
                              .key_stride = s.key_stride,
                              .k = s.key_dim,

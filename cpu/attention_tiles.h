@@ -48,6 +48,27 @@ inline void clear_columns(float* tile, int64_t stride, int64_t n_rows, int64_t f
     std::fill(tile + row * stride + from, tile + row * stride + to, 0.0f);
 }
 
+// out[k * n_cols + col] = scale * q[k] for k in [first, first + n), where q = query(col) for
+// col < n_used, and zero for the columns behind.  In pieces, so that the lines written stay in the
+// cache until every column has been.
+template <class Query>
+inline void gather_columns(int64_t n, int64_t n_cols, int64_t n_used, float scale, Query&& query,
+                           float* out) noexcept {
+  constexpr int64_t kPiece = 64;
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t end = std::min(first + kPiece, n);
+    for (int64_t col = 0; col < n_cols; ++col) {
+      float* column = out + col;
+      if (col < n_used) {
+        const float* q = query(col);
+        for (int64_t k = first; k < end; ++k) column[k * n_cols] = q[k] * scale;
+      } else {
+        for (int64_t k = first; k < end; ++k) column[k * n_cols] = 0;
+      }
+    }
+  }
+}
+
 // Rows of the tile at `tile_row` that a query at `position` sees, at most kAttendTileRows.
 inline int32_t seen_rows(int64_t position, int64_t tile_row) noexcept {
   return static_cast<int32_t>(std::clamp<int64_t>(position + 1 - tile_row, 0, kAttendTileRows));

@@ -84,7 +84,7 @@ void attend_tile(const AttendTile& t) {
     t.sum[col] = static_cast<float>(double{t.sum[col]} * t.decay[col] + total);
     t.max[col] = top;
   }
-  for (int64_t col = 0; col < t.n_cols; ++col)
+  for (int64_t col = 0; col < t.n_used; ++col)
     for (int64_t first = 0; first < t.n_values; first += kRowUnit) {
       float* out = t.out + col * t.out_stride + first;
       double sums[kRowUnit];

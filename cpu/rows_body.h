@@ -245,9 +245,10 @@ void product(const Product& p, int64_t n_rows, int64_t n_vectors) {
   for (; v + kBlockVectors <= n_vectors; v += kBlockVectors)
     for (int64_t i = 0; i < n_rows; i += kBlockRows)
       product_rows<kBlockRows, kBlockVectors>(p, i, min_int(kBlockRows, n_rows - i), v);
+  // A single vector has twice the rows: sums enough to hide the latency of a multiply-add.
   for (; v < n_vectors; ++v)
-    for (int64_t i = 0; i < n_rows; i += kBlockRows)
-      product_rows<kBlockRows, 1>(p, i, min_int(kBlockRows, n_rows - i), v);
+    for (int64_t i = 0; i < n_rows; i += 2 * kBlockRows)
+      product_rows<2 * kBlockRows, 1>(p, i, min_int(2 * kBlockRows, n_rows - i), v);
 }
 
 void expand(const ExpandRows& a) {
@@ -319,7 +320,7 @@ void attend_tile(const AttendTile& t) {
            .c = t.out,
            .c_row = t.out_stride,
            .decay = t.decay},
-          t.n_cols, t.n_values / kLanes);
+          t.n_used, t.n_values / kLanes);
 }
 
 void merge(const MergeColumns& a) {

@@ -48,10 +48,12 @@ struct ExpandRows {
 //   max' = max(max, scores), sum' = sum * exp(max - max') + sum_row exp(score - max'),
 //   out'[col] = out[col] * exp(max - max') + sum_row exp(score - max') * values[row]
 // Sums over k and rows run upwards; what a column gets does not depend on its neighbours.
+// Columns [n_used, n_cols) fill the last vector: they have scores, max and sum, and no out.
 struct AttendTile {
   const float* queries;  // [k][n_cols], times the softmax scale
   int64_t n_cols;        // multiple of RowKernels::lanes, at most kAttendMaxCols
-  const float* keys;     // [n_rows][k]
+  int64_t n_used;
+  const float* keys;  // [n_rows][k]
   int64_t key_stride, k;
   const float* values;  // [n_rows][n_values]
   int64_t value_stride;
@@ -60,7 +62,7 @@ struct AttendTile {
   const int32_t* limits;  // [n_cols], or null when every column sees every row
   float* max;             // [n_cols]; -infinity before the first row
   float* sum;             // [n_cols]; 0 before the first row
-  float* out;             // [n_cols][n_values]; finite before the first row
+  float* out;             // [n_used][n_values]; finite before the first row
   int64_t out_stride;
   float* scores;  // scratch [kAttendTileRows][n_cols]
   float* decay;   // scratch [n_cols]
