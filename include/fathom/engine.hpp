@@ -29,8 +29,8 @@ using LogFunction = std::function<void(LogLevel, std::string_view text)>;
 
 // What the host may hook.  Called only on the thread that made the call.
 struct HostHooks {
-  LogFunction log;         // none: silent; the library never prints
-  MemoryObserver memory;   // none: every change within the budgets is allowed
+  LogFunction log = {};         // none: silent; the library never prints
+  MemoryObserver memory = {};   // none: every change within the budgets is allowed
 };
 
 // A flag that a long call watches.  request() may be called from any thread or a signal handler.
@@ -50,14 +50,14 @@ using ProgressFunction = std::function<bool(ProgressPhase phase, int64_t done, i
 
 // Taken by every long call.
 struct RunOptions {
-  ProgressFunction progress;
+  ProgressFunction progress = {};
   const CancelToken* cancel = nullptr;  // must outlive the call
   int64_t deadline_ms = 0;              // 0: none; else the call stops with kCancelled after it
   int64_t chunk = 0;                    // prefill: tokens per pass; 0: the plan's; at most the plan's
   // prefill: called for every position in order with its logits [vocab_size]; the view is valid
   // during the call.  None: only the last position's logits are computed.  Returning false stops
   // with kCallback.
-  std::function<bool(int64_t position, std::span<const float> logits)> on_logits;
+  std::function<bool(int64_t position, std::span<const float> logits)> on_logits = {};
 };
 
 class Engine {

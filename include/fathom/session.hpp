@@ -33,14 +33,14 @@ struct SessionOptions {
 
 struct GenerateOptions {
   int64_t max_new_tokens = -1;  // -1: until a stop
-  SamplingOptions sampling;
+  SamplingOptions sampling = {};
   Sampler* sampler = nullptr;  // used instead of `sampling` when set; its state goes on over calls
   bool stop_at_eos = true;
-  std::vector<int32_t> stop_tokens;
+  std::vector<int32_t> stop_tokens = {};
   // Text at which to stop; it is not handed out, not even in part.  UTF-8.
-  std::vector<std::string> stop_strings;
+  std::vector<std::string> stop_strings = {};
   bool skip_special = true;  // special tokens give no text
-  RunOptions run;
+  RunOptions run = {};
 };
 
 enum class StopReason : uint8_t {
