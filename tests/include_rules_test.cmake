@@ -24,8 +24,8 @@ set(folders include/fathom lib/io lib/nn lib/run cpu cuda capi examples examples
 # Header -> regular expression of the files that may include it.  A header in a folder, or one with
 # an ending other than the standard library's, that no row matches is refused.
 set(third_party
-  "^(sys|linux|asm)/" "^(lib/|cpu/|cuda/|examples/)"
-  "^(unistd|fcntl|pthread|sched|dlfcn|time|signal|poll)\\.h$" "^(lib/|cpu/|cuda/|examples/)"
+  "^(sys|linux|asm)/" "^(lib|cpu|cuda|capi|examples)/"
+  "^(unistd|fcntl|pthread|sched|dlfcn|time|signal|poll)\\.h$" "^(lib|cpu|cuda|capi|examples)/"
   "^(stdint|stddef|stdbool|string|stdio|stdlib|inttypes|math|float|limits|errno)\\.h$" "."
   "^(immintrin|x86intrin|cpuid)\\.h$" "^cpu/(isa|kernels|simd|threads)[^/]*$"
   "^arm_neon\\.h$" "^cpu/(kernels|simd)[^/]*$"
