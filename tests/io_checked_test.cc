@@ -99,6 +99,21 @@ TEST_CASE("plain UTF-8") {
     CHECK_FALSE(is_plain_utf8(bad));
 }
 
+TEST_CASE("names, and text for messages") {
+  using namespace std::string_view_literals;
+  using fathom::io::is_plain_name;
+  using fathom::io::printable;
+  CHECK(is_plain_name("blk.0.Gr\xC3\xBC\xC3\x9F"));
+  for (const std::string_view bad : {"a\0"sv, "\x1b[2J"sv, "a\n"sv, "\x7f"sv, "\xC3"sv})
+    CHECK_FALSE(is_plain_name(bad));
+  CHECK(printable("ok \xC3\xBC") == "ok \xC3\xBC");
+  CHECK(printable("\x1b[2J\0\xFF\xC3z\n"sv) == "?[2J???z?");
+  CHECK(printable(std::string(200, 'x')) == std::string(100, 'x') + "...");
+  CHECK(printable("aaa\xC3\xBC", 4) == "aaa\xC3\xBC");
+  CHECK(printable("aaa\xC3\xBC.", 4) == "aaa\xC3\xBC...");
+  CHECK(printable("").empty());
+}
+
 TEST_CASE("layer numbers in tensor names") {
   using fathom::io::layer_of;
   CHECK(layer_of("blk.0.attn_norm.weight", "blk.") == 0);

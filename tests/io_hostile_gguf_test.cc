@@ -106,10 +106,16 @@ TEST_CASE("hostile GGUF: keys and strings") {
   const Case cases[] = {
       {"empty key", Code::kFormat, "empty", [](RawGguf& f) { f.set_u32("", 1); }},
       {"key with a zero byte", Code::kFormat, "UTF-8", [](RawGguf& f) { f.set_u32("a\0b"s, 1); }},
+      {"key with an escape sequence", Code::kFormat, "control",
+       [](RawGguf& f) { f.set_u32("a\x1b[2J", 1); }},
+      {"architecture with an escape sequence", Code::kUnsupported, "?[2J",
+       [](RawGguf& f) { f.set_string("general.architecture", "\x1b[2J"); }},
+      {"architecture of 10 MB", Code::kUnsupported, "...",
+       [](RawGguf& f) { f.set_string("general.architecture", std::string(10 << 20, 'a')); }},
       {"key in bad UTF-8", Code::kFormat, "UTF-8", [](RawGguf& f) { f.set_u32("a\xFF", 1); }},
       {"key with an overlong zero", Code::kFormat, "UTF-8",
        [](RawGguf& f) { f.set_u32("a\xC0\x80", 1); }},
-      {"key of 65,536 bytes", Code::kFormat, "65535",
+      {"key of 65,536 bytes", Code::kFormat, "1023",
        [](RawGguf& f) { f.set_u32(std::string(65'536, 'k'), 1); }},
       {"key length 2^64-1", Code::kFormat, "18446744073709551615",
        [](RawGguf& f) {
@@ -141,7 +147,7 @@ TEST_CASE("hostile GGUF: keys and strings") {
            if (key.name == "tokenizer.ggml.tokens") f.keys.push_back(key);
        }},
   };
-  run(cases, 15);
+  run(cases, 18);
 }
 
 TEST_CASE("hostile GGUF: value types and arrays") {

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "lib/io/tensor_file.h"
+#include "lib/io/text.h"
 
 namespace fathom::test {
 
@@ -272,7 +273,8 @@ inline void check_refused(const Status& status, Code expected) {
   INFO("message: " << status.message());
   CHECK(code_name(status.code()) == std::string(code_name(expected)));
   CHECK_FALSE(status.message().empty());
-  CHECK(status.message().size() < 2000);
+  CHECK(status.message().size() < 3000);
+  CHECK(io::is_plain_name(status.message()));  // nothing that a terminal would obey
 }
 
 }  // namespace fathom::test

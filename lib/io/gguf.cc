@@ -10,6 +10,7 @@
 #include "gguf_header.h"
 #include "model_config.h"
 #include "tensor_file_builder.h"
+#include "text.h"
 
 namespace fathom::io {
 namespace {
@@ -112,11 +113,12 @@ Result<bool> describes_model(const GgufMetadata& metadata, std::span<const Tenso
   if (architecture != "deepseek2")
     return Status(Code::kUnsupported, fmt::format("general.architecture is \"{}\"; only "
                                                   "\"deepseek2\" is supported",
-                                                  architecture))
+                                                  printable(architecture)))
         .about("general.architecture");
   if (kind != "model")
-    return Status(Code::kUnsupported,
-                  fmt::format("general.type is \"{}\"; only \"model\" is supported", kind))
+    return Status(
+               Code::kUnsupported,
+               fmt::format("general.type is \"{}\"; only \"model\" is supported", printable(kind)))
         .about("general.type");
   return std::any_of(metadata.entries.begin(), metadata.entries.end(),
                      [](const GgufEntry& entry) { return entry.key.starts_with("deepseek2."); });

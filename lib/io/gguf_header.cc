@@ -22,7 +22,7 @@ namespace {
 // The largest released header (a vocabulary of 164 K pieces with merges) has about 10 MB.
 constexpr int64_t kMaxHeaderBytes = int64_t{256} << 20;
 constexpr int64_t kMaxKeys = 65'536;
-constexpr int64_t kMaxKeyBytes = 65'535;              // as the specification says
+constexpr int64_t kMaxKeyBytes = 1023;  // the specification allows 65,535; real ones have 50
 constexpr int64_t kMaxTextBytes = int64_t{16} << 20;  // of a string value
 constexpr int64_t kMaxPieceBytes = 65'535;            // of a token or a merge
 constexpr int64_t kMinKeyValueBytes = 8 + 1 + 4 + 1;  // the shortest that can be
@@ -177,14 +177,26 @@ class HeaderReader {
     return {};
   }
 
-  // A key, name or string value: text that will be shown.
-  Status text(const char* what, int64_t max, std::string_view key, std::string* out) {
+  // A string value.
+  Status text(std::string_view key, std::string* out) {
     int64_t n = 0;
-    FATHOM_TRY(string_length(what, max, key, &n));
-    out->clear();
-    FATHOM_TRY(reader_.append(n, what, out));
+    FATHOM_TRY(string_length("the value of", kMaxTextBytes, key, &n));
+    FATHOM_TRY(reader_.append(n, "a string", out));
     if (!is_plain_utf8(*out))
-      return bad(fmt::format("{} {} is not valid UTF-8 text without zero bytes", what, key), key);
+      return bad(fmt::format("the value of {} is not valid UTF-8 text without zero bytes", key),
+                 key);
+    return {};
+  }
+
+  // A key or the name of a tensor.
+  Status name(const char* what, int64_t max, std::string* out) {
+    int64_t n = 0;
+    FATHOM_TRY(string_length(what, max, "", &n));
+    if (n == 0) return bad(fmt::format("{} is empty", what));
+    FATHOM_TRY(reader_.append(n, what, out));
+    if (!is_plain_name(*out))
+      return bad(fmt::format("{} is not valid UTF-8 text without control characters: {}", what,
+                             printable(*out)));
     return {};
   }
 
@@ -202,8 +214,7 @@ class HeaderReader {
   Status key_value(GgufHeader* header) {
     GgufEntry entry;
     entry.offset = static_cast<uint64_t>(reader_.position());
-    FATHOM_TRY(text("a key", kMaxKeyBytes, "", &entry.key));
-    if (entry.key.empty()) return bad("a key is empty");
+    FATHOM_TRY(name("a key", kMaxKeyBytes, &entry.key));
     FATHOM_TRY(type(entry.key, &entry.type));
     FATHOM_TRY(entry.type == GgufType::kArray ? array(header, &entry) : scalar(&entry));
     header->metadata.entries.push_back(std::move(entry));
@@ -243,7 +254,7 @@ class HeaderReader {
       case GgufType::kF64:
         return reader_.scalar(key, &entry->real);
       case GgufType::kString:
-        return text("the value of", kMaxTextBytes, key, &entry->text);
+        return text(key, &entry->text);
       case GgufType::kArray:
         break;
     }
@@ -373,14 +384,13 @@ class HeaderReader {
   Status tensor_info(std::vector<TensorInfo>* tensors) {
     TensorInfo tensor;
     tensor.source = source_index_;
-    FATHOM_TRY(text("a tensor's name", kMaxNameBytes, "", &tensor.name));
-    if (tensor.name.empty()) return bad("a tensor's name is empty");
-    const std::string& name = tensor.name;
+    FATHOM_TRY(name("a tensor's name", kMaxNameBytes, &tensor.name));
+    const std::string& id = tensor.name;
 
     uint32_t n_dims = 0;
     FATHOM_TRY(reader_.scalar("n_dims", &n_dims));
     if (n_dims < 1 || n_dims > 4)
-      return bad(fmt::format("tensor {} has {} dimensions, must be 1 to 4", name, n_dims), name);
+      return bad(fmt::format("tensor {} has {} dimensions, must be 1 to 4", id, n_dims), id);
     tensor.n_dims = static_cast<int>(n_dims);
     Checked elements = 1;
     for (int i = tensor.n_dims - 1; i >= 0; --i) {  // the file begins with the innermost
@@ -389,8 +399,8 @@ class HeaderReader {
       elements = elements * dim;
       if (dim == 0 || !elements.ok())
         return bad(fmt::format("tensor {}: dimension {} is {}, with the others no possible shape",
-                               name, i, dim),
-                   name);
+                               id, i, dim),
+                   id);
       tensor.shape[i] = static_cast<int64_t>(dim);
     }
 
@@ -399,15 +409,15 @@ class HeaderReader {
     const std::optional<DType> dtype = dtype_of(ggml_type);
     if (!dtype)
       return Status(Code::kUnsupported,
-                    fmt::format("tensor {} has the type number {}, unknown here", name, ggml_type))
-          .about(name)
+                    fmt::format("tensor {} has the type number {}, unknown here", id, ggml_type))
+          .about(id)
           .at(static_cast<uint64_t>(reader_.position()));
     tensor.dtype = *dtype;
     const DTypeInfo& info = dtype_info(*dtype);
     if (tensor.cols() % info.block_elements != 0)
-      return bad(fmt::format("tensor {}: rows of {} are no multiple of {}'s blocks of {}", name,
+      return bad(fmt::format("tensor {}: rows of {} are no multiple of {}'s blocks of {}", id,
                              tensor.cols(), info.name, info.block_elements),
-                 name);
+                 id);
     const Checked bytes = exact_quotient(elements, info.block_elements) * info.block_bytes;
 
     uint64_t offset = 0;
@@ -415,12 +425,12 @@ class HeaderReader {
     if (!(Checked(offset) + bytes).at_most(source_size_))
       return bad(fmt::format("tensor {}: {} elements of {} at offset {} do not fit into a file of "
                              "{} bytes",
-                             name, elements.value(), info.name, offset, source_size_),
-                 name);
+                             id, elements.value(), info.name, offset, source_size_),
+                 id);
     if (static_cast<int64_t>(offset) % alignment_ != 0)
-      return bad(fmt::format("tensor {}: offset {} is no multiple of the alignment {}", name,
-                             offset, alignment_),
-                 name);
+      return bad(fmt::format("tensor {}: offset {} is no multiple of the alignment {}", id, offset,
+                             alignment_),
+                 id);
     tensor.offset = static_cast<int64_t>(offset);
     tensor.bytes = bytes.value();
     tensors->push_back(std::move(tensor));
@@ -459,8 +469,9 @@ const char* gguf_type_name(GgufType type) noexcept {
 Result<GgufHeader> read_gguf_header(const ByteSource& source, int source_index, Hash128& hash) {
   GgufHeader header;
   Status status = HeaderReader(source, source_index, hash).run(&header);
-  if (!status.ok()) return std::move(status).in(source.name());
-  return header;
+  if (status.ok()) return header;
+  if (status.message().starts_with(source.name())) return status;  // it names the file already
+  return std::move(status).in(source.name());
 }
 
 }  // namespace fathom::io

@@ -9,6 +9,7 @@
 
 #include "range.h"
 #include "tensor_file.h"
+#include "text.h"
 
 namespace fathom::io {
 namespace {
@@ -100,22 +101,15 @@ class JsonBuilder {
     std::string_view reason = e.what();
     if (const size_t bracket = reason.find("] "); bracket != reason.npos)
       reason.remove_prefix(bracket + 2);
-    constexpr size_t kMaxReason = 300;  // it may quote the text
+    constexpr size_t kMaxReason = 300;  // it may quote the text, and bytes that are no text
     status_ = Status(Code::kFormat, fmt::format("invalid JSON at byte {}: {}", position,
-                                                cut_utf8(reason, kMaxReason)))
+                                                printable(reason, kMaxReason)))
                   .at(position);
     (void)token;
     return false;
   }
 
  private:
-  // At most `max` bytes of `text`, not ending inside a character.
-  static std::string_view cut_utf8(std::string_view text, size_t max) {
-    if (text.size() <= max) return text;
-    while (max > 0 && (static_cast<unsigned char>(text[max]) & 0xC0) == 0x80) --max;
-    return text.substr(0, max);
-  }
-
   uint64_t offset() const { return static_cast<uint64_t>(cursor_ - text_.data()); }
 
   bool fail(std::string_view message) {
@@ -170,10 +164,11 @@ class JsonBuilder {
     std::sort(keys_.begin(), keys_.end());
     const auto twice = std::adjacent_find(keys_.begin(), keys_.end());
     if (twice == keys_.end()) return true;
-    status_ = Status(Code::kFormat, fmt::format("key \"{}\" appears twice in the object that ends "
-                                                "at byte {}",
-                                                cut_utf8(*twice, 100), offset()))
-                  .about(*twice)
+    const std::string key = printable(*twice);
+    status_ = Status(Code::kFormat,
+                     fmt::format("key \"{}\" appears twice in the object that ends at byte {}", key,
+                                 offset()))
+                  .about(key)
                   .at(offset());
     return false;
   }

@@ -124,7 +124,7 @@ Status read_rope(const Keys& keys, ModelConfig* c) {
   if (type != "yarn")
     return Status(Code::kUnsupported,
                   fmt::format("{} is \"{}\"; \"yarn\" and \"none\" are supported",
-                              Keys::full("rope.scaling.type"), type))
+                              Keys::full("rope.scaling.type"), printable(type)))
         .about(Keys::full("rope.scaling.type"));
   YarnConfig& yarn = c->yarn;
   yarn.enabled = true;

@@ -8,12 +8,14 @@
 #include <string>
 
 #include "model_config.h"
+#include "text.h"
 
 namespace fathom::io {
 namespace {
 
 Status unsupported(std::string_view key, std::string_view found, std::string_view wanted) {
-  return Status(Code::kUnsupported, fmt::format("{} is {}; supported: {}", key, found, wanted))
+  return Status(Code::kUnsupported,
+                fmt::format("{} is {}; supported: {}", key, printable(found), wanted))
       .about(key);
 }
 
@@ -197,7 +199,7 @@ Status read_token_id(JsonValue root, const char* key, int64_t vocab_size, int64_
     if (element.type() != JsonType::kInteger || element.integer() < 0 ||
         element.integer() >= vocab_size)
       return Status(Code::kFormat, fmt::format("{} has the element {}, must be in [0, {}]", key,
-                                               json_text(element), vocab_size - 1))
+                                               printable(json_text(element)), vocab_size - 1))
           .about(key);
   if (value.size() == 0) return {};
   *id = (*value.begin()).integer();

@@ -140,7 +140,7 @@ Status read_shards(const std::string& folder, std::string_view index_text,
 // A file name that stays in its folder.
 bool is_plain_file_name(std::string_view name) {
   return !name.empty() && name.size() <= 255 && name.ends_with(".safetensors") &&
-         name.find_first_of("/\\:") == name.npos && name[0] != '.' && is_plain_utf8(name);
+         name.find_first_of("/\\:") == name.npos && name[0] != '.' && is_plain_name(name);
 }
 
 }  // namespace
@@ -160,12 +160,18 @@ Result<ShardIndex> parse_shard_index(std::string_view text) {
 
   ShardIndex index;
   for (const JsonMember member : map.members()) {
+    if (member.key.size() > kMaxNameBytes || !is_plain_name(member.key))
+      return Status(Code::kFormat, fmt::format("weight_map names a tensor {}, which is longer than "
+                                               "{} bytes or has control characters",
+                                               printable(member.key), kMaxNameBytes))
+          .about("weight_map")
+          .at(member.value.offset());
     const std::string_view file = member.value.string();
     if (!is_plain_file_name(file))
       return Status(Code::kFormat,
                     fmt::format("weight_map places tensor {} in \"{}\", which is no plain name of "
                                 "a .safetensors file",
-                                member.key.substr(0, 100), json_text(member.value).substr(0, 300)))
+                                member.key, printable(json_text(member.value), 300)))
           .about("weight_map")
           .at(member.value.offset());
     index.files.emplace_back(file);

@@ -44,7 +44,7 @@ Status read_shape(const JsonMember& member, TensorInfo* tensor) {
   int i = 0;
   for (const JsonValue dim : shape) {
     if (dim.type() != JsonType::kInteger || dim.integer() < 0)
-      return bad(member.key, dim, fmt::format("dimension {} is {}", i, json_text(dim)));
+      return bad(member.key, dim, fmt::format("dimension {} is {}", i, printable(json_text(dim))));
     if (dim.integer() == 0)
       return Status(Code::kUnsupported, fmt::format("tensor {} is empty", member.key))
           .about(member.key);
@@ -56,9 +56,9 @@ Status read_shape(const JsonMember& member, TensorInfo* tensor) {
 
 // `data` is the place of the data in the file, `n_data` its size.
 Status read_tensor(const JsonMember& member, int64_t data, int64_t n_data, TensorInfo* tensor) {
-  if (member.key.empty() || member.key.size() > kMaxNameBytes || !is_plain_utf8(member.key))
+  if (member.key.empty() || member.key.size() > kMaxNameBytes || !is_plain_name(member.key))
     return Status(Code::kFormat, fmt::format("the tensor name that ends before byte {} is empty, "
-                                             "longer than {} bytes, or has a zero byte",
+                                             "longer than {} bytes, or has control characters",
                                              8 + member.value.offset(), kMaxNameBytes))
         .at(8 + member.value.offset());
   if (!member.value.is_object()) return bad(member.key, member.value, "must be an object");
@@ -68,7 +68,7 @@ Status read_tensor(const JsonMember& member, int64_t data, int64_t n_data, Tenso
   const std::optional<DType> dtype = dtype_of(dtype_name.string());
   if (!dtype)
     return Status(Code::kUnsupported, fmt::format("tensor {} has the unknown dtype {}", member.key,
-                                                  dtype_name.string().substr(0, 40)))
+                                                  printable(dtype_name.string(), 40)))
         .about(member.key);
   tensor->dtype = *dtype;
   FATHOM_TRY(read_shape(member, tensor));
@@ -82,7 +82,7 @@ Status read_tensor(const JsonMember& member, int64_t data, int64_t n_data, Tenso
     if (offset.type() != JsonType::kInteger || offset.integer() < 0 || offset.integer() > n_data)
       return bad(member.key, offset,
                  fmt::format("data_offsets has {}, must be an integer in [0, {}]",
-                             json_text(offset), n_data));
+                             printable(json_text(offset)), n_data));
     place[i++] = offset.integer();
   }
   const Checked bytes = Checked(tensor->shape[0]) * tensor->shape[1] * tensor->shape[2] *

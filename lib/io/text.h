@@ -3,38 +3,73 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 
 namespace fathom::io {
 
-// True when `text` is valid UTF-8 without a zero byte (no overlong forms, no surrogates).
+// Bytes of the UTF-8 character that begins at `p` (1 to 4), or 0 when there is none: stray and
+// missing continuation bytes, overlong forms, surrogates, numbers beyond U+10FFFF.
+inline int utf8_length(const char* p, const char* end) noexcept {
+  const auto byte = [p](int i) { return static_cast<unsigned char>(p[i]); };
+  const unsigned char lead = byte(0);
+  if (lead < 0x80) return 1;
+  int length;
+  unsigned char low = 0x80, high = 0xBF;  // bounds of the second byte (Unicode, table 3-7)
+  if (lead >= 0xC2 && lead <= 0xDF) {
+    length = 2;
+  } else if (lead >= 0xE0 && lead <= 0xEF) {
+    length = 3;
+    if (lead == 0xE0) low = 0xA0;
+    if (lead == 0xED) high = 0x9F;
+  } else if (lead >= 0xF0 && lead <= 0xF4) {
+    length = 4;
+    if (lead == 0xF0) low = 0x90;
+    if (lead == 0xF4) high = 0x8F;
+  } else {
+    return 0;
+  }
+  if (end - p < length || byte(1) < low || byte(1) > high) return 0;
+  for (int i = 2; i < length; ++i)
+    if (byte(i) < 0x80 || byte(i) > 0xBF) return 0;
+  return length;
+}
+
+// True when `text` is valid UTF-8 without a zero byte.
 inline bool is_plain_utf8(std::string_view text) noexcept {
-  const auto* p = reinterpret_cast<const unsigned char*>(text.data());
-  const auto* const end = p + text.size();
+  const char* p = text.data();
+  const char* const end = p + text.size();
   while (p < end) {
-    const unsigned char lead = *p++;
-    if (lead == 0) return false;
-    if (lead < 0x80) continue;
-    int more;
-    unsigned char low = 0x80, high = 0xBF;  // bounds of the second byte (Unicode, table 3-7)
-    if (lead >= 0xC2 && lead <= 0xDF) {
-      more = 1;
-    } else if (lead >= 0xE0 && lead <= 0xEF) {
-      more = 2;
-      if (lead == 0xE0) low = 0xA0;
-      if (lead == 0xED) high = 0x9F;
-    } else if (lead >= 0xF0 && lead <= 0xF4) {
-      more = 3;
-      if (lead == 0xF0) low = 0x90;
-      if (lead == 0xF4) high = 0x8F;
-    } else {
-      return false;
-    }
-    if (end - p < more || *p < low || *p > high) return false;
-    for (++p, --more; more > 0; ++p, --more)
-      if (*p < 0x80 || *p > 0xBF) return false;
+    const int length = *p == '\0' ? 0 : utf8_length(p, end);
+    if (length == 0) return false;
+    p += length;
   }
   return true;
+}
+
+// True for what keys and tensor names may be: plain UTF-8 without control characters, which would
+// reach terminals through messages.
+inline bool is_plain_name(std::string_view text) noexcept {
+  for (const char c : text)
+    if (static_cast<unsigned char>(c) < 0x20 || c == 0x7F) return false;
+  return is_plain_utf8(text);
+}
+
+// `text` as it may stand in a message: at most about `max_bytes`, what cannot be printed as "?".
+inline std::string printable(std::string_view text, size_t max_bytes = 100) {
+  std::string out;
+  const char* p = text.data();
+  const char* const end = p + text.size();
+  while (p < end && out.size() < max_bytes) {
+    const int length = utf8_length(p, end);
+    if (length == 0 || static_cast<unsigned char>(*p) < 0x20 || *p == 0x7F)
+      out += '?';
+    else
+      out.append(p, static_cast<size_t>(length));
+    p += length == 0 ? 1 : length;
+  }
+  if (p < end) out += "...";
+  return out;
 }
 
 // The layer number of a tensor name: "blk.12.attn_norm.weight" with prefix "blk." gives 12; -1 when
