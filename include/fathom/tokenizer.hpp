@@ -41,7 +41,7 @@ struct ChatMessage {
 
 class Tokenizer {
  public:
-  // A GGUF file, a tokenizer.json, or a folder that holds one.
+  // A GGUF file, a tokenizer.json, a folder that holds one, or a .safetensors file beside one.
   // Errors: kNotFound, kIo, kFormat (offset, field), kUnsupported (another kind of tokenizer).
   static Result<Tokenizer> open(const std::string& path);
 

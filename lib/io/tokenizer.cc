@@ -74,7 +74,8 @@ Result<io::TokenizerSource> find_source(const std::string& path) {
     if (!fs::exists(file, error))
       return Status(Code::kNotFound, fmt::format("{} has no tokenizer.json", path));
   }
-  if (is_folder || file.extension() == ".json") {
+  if (file.extension() == ".safetensors") file.replace_filename("tokenizer.json");
+  if (file.extension() == ".json") {
     source.json_path = file.string();
     const fs::path config = file.replace_filename("tokenizer_config.json");
     if (fs::exists(config, error)) source.config_json_path = config.string();

@@ -68,13 +68,13 @@ Result<RawTokenizer> raw_from_gguf(const TokenizerSource& source) {
                            quoted_piece(source.gguf_pre)))
         .about("tokenizer.ggml.pre");
 
-  FATHOM_TRY_ASSIGN(raw.pieces, elements("tokenizer.ggml.tokens", source.pieces, source.piece_end));
-  const size_t n = raw.pieces.size();
+  const size_t n = source.piece_end.size();
   if (n > static_cast<size_t>(kMaxTokens))
-    return Status(Code::kUnsupported, fmt::format("tokenizer.ggml.tokens has {} tokens, at most {} "
-                                                  "are read",
-                                                  n, kMaxTokens))
+    return Status(Code::kUnsupported,
+                  fmt::format("tokenizer.ggml.tokens has {} tokens, at most {} are read", n,
+                              kMaxTokens))
         .about("tokenizer.ggml.tokens");
+  FATHOM_TRY_ASSIGN(raw.pieces, elements("tokenizer.ggml.tokens", source.pieces, source.piece_end));
   if (!source.token_type.empty() && source.token_type.size() != n)
     return inconsistent("tokenizer.ggml.token_type",
                         fmt::format("has {} elements for {} tokens", source.token_type.size(), n));

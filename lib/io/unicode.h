@@ -1,5 +1,5 @@
 // UTF-8 and character classes for the tokenizer.  Independent of locale and of the C++ library's
-// idea of characters; the class tables are generated (unicode_tables.py, Unicode 14.0).
+// idea of characters; the class tables are generated (unicode_tables.py, Unicode 16).
 #pragma once
 
 #include <cstddef>
