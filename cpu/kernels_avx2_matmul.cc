@@ -6,7 +6,7 @@
 namespace fathom::cpu {
 
 const MatmulKernels& matmul_kernels_avx2() noexcept {
-  static constexpr MatmulKernels kTable = table("avx2", 16);
+  static constexpr MatmulKernels kTable = table("avx2", INT64_MAX);
   return kTable;
 }
 

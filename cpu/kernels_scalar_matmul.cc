@@ -201,6 +201,10 @@ void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
 }
 
+void to_bf16(const float* x, int64_t n, uint16_t* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = f32_to_bf16(x[i]);
+}
+
 void add_scaled(float a, const float* x, int64_t n, float* y) {
   for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
@@ -226,6 +230,7 @@ const MatmulKernels& matmul_kernels_scalar() noexcept {
       .untranspose16 = untranspose16,
       .panel_product = panel_product,
       .swiglu = swiglu,
+      .to_bf16 = to_bf16,
       .add_scaled = add_scaled,
   };
   return kTable;

@@ -295,8 +295,23 @@ void panel_tile(const PanelProduct& p, int64_t row0) {
     for (int h = 0; h < kHalves; ++h)
       sum[r][h] = p.add ? f_load_first(out + kLanes * h, p.n_cols - kLanes * h) : f_zero();
   }
+  // Several steps per pass over the rows: there are more row pointers than registers.
+  constexpr int kSteps = kLanes == 16 ? 2 : 1;
   const float* panel = p.panel;
-  for (int64_t k = 0; k < p.k; ++k, panel += p.panel_stride) {
+  int64_t k = 0;
+  for (; k + kSteps <= p.k; k += kSteps, panel += kSteps * p.panel_stride) {
+    F w[kSteps][kHalves];
+    for (int s = 0; s < kSteps; ++s)
+      for (int h = 0; h < kHalves; ++h) w[s][h] = f_load(panel + s * p.panel_stride + kLanes * h);
+    for (int r = 0; r < kRows; ++r) {
+      const float* values = x[r] + k;
+      for (int s = 0; s < kSteps; ++s) {
+        const F value = f_set(values[s]);
+        for (int h = 0; h < kHalves; ++h) sum[r][h] = f_fma(value, w[s][h], sum[r][h]);
+      }
+    }
+  }
+  for (; k < p.k; ++k, panel += p.panel_stride) {
     F w[kHalves];
     for (int h = 0; h < kHalves; ++h) w[h] = f_load(panel + kLanes * h);
     for (int r = 0; r < kRows; ++r) {
@@ -473,6 +488,16 @@ void swiglu(const float* gate, const float* up, int64_t n, float* out) {
   }
 }
 
+void to_bf16(const float* x, int64_t n, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f_store_bf16(out + i, f_load(x + i));
+  if (i < n) {
+    uint16_t rest[kLanes];
+    f_store_bf16(rest, f_load_first(x + i, static_cast<int>(n - i)));
+    __builtin_memcpy(out + i, rest, static_cast<uint64_t>(n - i) * sizeof rest[0]);
+  }
+}
+
 void add_scaled(float a, const float* x, int64_t n, float* y) {
   const F factor = f_set(a);
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -497,6 +522,7 @@ constexpr MatmulKernels table(const char* name, int64_t int8_max_rows) {
       .untranspose16 = untranspose16,
       .panel_product = panel_product,
       .swiglu = swiglu,
+      .to_bf16 = to_bf16,
       .add_scaled = add_scaled,
   };
 }

@@ -93,6 +93,8 @@ struct MatmulKernels {
   void (*panel_product)(const PanelProduct&);
   // out[i] = gate[i] / (1 + exp(-gate[i])) * up[i]; out may be gate.
   void (*swiglu)(const float* gate, const float* up, int64_t n, float* out);
+  // out[i] = x[i] as bf16, to nearest even; NaN stays NaN.
+  void (*to_bf16)(const float* x, int64_t n, uint16_t* out);
   // y[i] += a * x[i].
   void (*add_scaled)(float a, const float* x, int64_t n, float* y);
 };

@@ -18,7 +18,7 @@ std::string describe(const cpu::CpuContext& ctx, const Weight& w, int64_t n_rows
 }
 
 bool rounds(const cpu::CpuContext& ctx, const Weight& w) {
-  return cpu::is_packed(w) && ctx.numerics == Numerics::kFast;
+  return ctx.numerics == Numerics::kFast && (cpu::is_packed(w) || w.dtype == DType::kBF16);
 }
 
 // Runs with exactly the promised workspace.

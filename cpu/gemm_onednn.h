@@ -1,0 +1,39 @@
+// Products of bf16 matrices by oneDNN: the one file that knows it is gemm_onednn.cc.  In a build
+// without oneDNN, and on machines without bf16 instructions, every product is refused and the
+// caller's own kernels serve.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace fathom::cpu {
+
+// Whether this build and this machine have it; why not, for describe(): a static string.
+bool onednn_serves_bf16() noexcept;
+const char* onednn_refusal() noexcept;  // empty when it serves
+
+// out[n_rows, n_cols] = x[n_rows, k] * weights[n_cols, k] transposed; all rows dense, f32 sums.
+// Making one takes some microseconds (oneDNN keeps what it has generated) and a few small heap
+// blocks, so it is for many rows; decoding never comes here.
+class Bf16Gemm {
+ public:
+  // A product of no rows or no columns is nothing to do, and not refused.
+  Bf16Gemm(int64_t n_rows, int64_t n_cols, int64_t k) noexcept;
+  ~Bf16Gemm();
+  Bf16Gemm(Bf16Gemm&&) noexcept;
+
+  bool refused() const noexcept { return refused_; }
+  int64_t scratch_bytes() const noexcept;  // 0 when refused
+  // On the calling thread.  May be called from several threads with a scratch for each.  False when
+  // oneDNN could not allocate its small objects; then `out` is to be computed by other means.
+  bool run(const uint16_t* x, const uint16_t* weights, float* out,
+           std::byte* scratch) const noexcept;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+  bool refused_ = true;
+};
+
+}  // namespace fathom::cpu
