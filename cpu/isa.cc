@@ -22,7 +22,7 @@ namespace {
 
 constexpr std::string_view kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
 
-#if defined(FATHOM_HAVE_X86_KERNELS)
+#if defined(__x86_64__)
 constexpr bool kX86KernelsBuilt = true;
 #else
 constexpr bool kX86KernelsBuilt = false;

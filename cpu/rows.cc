@@ -43,7 +43,7 @@ void append_row(const RowKernels& kernels, const KvAppendParams& p, int64_t inde
 
 const RowKernels& row_kernels(Isa isa) noexcept {
   switch (isa) {
-#if defined(FATHOM_HAVE_X86_KERNELS)
+#if defined(__x86_64__)
     case Isa::kAmx:
       return row_kernels_amx();
     case Isa::kAvx512:

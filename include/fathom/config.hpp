@@ -36,7 +36,8 @@ struct Config {
   int64_t context_reserve = 0;
 
   // kv.type: f32, bf16, f16, fp8, q8_0, q4_0 for the latent columns.  auto: f32 with numerics
-  // exact, else bf16.  Bytes per token follow it.
+  // exact, else f16 (latents are normed, so its range suffices, and it keeps 8 times the precision
+  // of bf16 in the same bytes).  Bytes per token follow it.
   std::optional<KvType> kv_type;
   // kv.page_tokens: tokens per page, a power of two in [16, 4096].  auto: 64 or what makes a page
   // about 2 MiB.

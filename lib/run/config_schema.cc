@@ -198,7 +198,7 @@ constexpr Setting kSettings[] = {
          .choices = kKvTypes,
          .memory = "bytes per token of the cache: f32 4, bf16 and f16 2, fp8 and q8_0 about 1, "
                    "q4_0 about 0.6 per latent value",
-         .text = "Type of the cached latent columns; auto: f32 with numerics exact, else bf16."}),
+         .text = "Type of the cached latent columns; auto: f32 with numerics exact, else f16."}),
     row<&Config::kv_page_tokens>(
         {.key = "kv.page_tokens",
          .unit = "tokens",

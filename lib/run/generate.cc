@@ -57,7 +57,9 @@ class Generation {
                       options_.stop_tokens.end();
     std::string text;
     bool matched = false;
-    if (decoder_ && !eos && !stop) {
+    // Rows that only pad the vocabulary have no text.
+    const bool has_text = decoder_ && token < session_.model().tokenizer()->n_tokens();
+    if (has_text && !eos && !stop) {
       std::string decoded;
       FATHOM_TRY(decoder_->push(token, decoded));
       matched = matcher_.push(decoded, text);

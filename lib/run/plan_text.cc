@@ -28,7 +28,7 @@ std::string purposes_json(const PlanDevice& device, int phase) {
                               : device.bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)];
     out += fmt::format("{}\"{}\": {}", p ? ", " : "", purpose_name(purpose), bytes);
   }
-  return "{" + out + "}";
+  return fmt::format("{{{}}}", out);
 }
 
 std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
@@ -82,7 +82,7 @@ std::string Plan::to_json() const {
         device.peak_bytes(), device.first_layer, device.n_layers, device.kv_page_bytes,
         purposes_json(device, -1), phases);
   }
-  add("devices", "[\n" + list + "\n  ]");
+  add("devices", fmt::format("[\n{}\n  ]", list));
   if (!feasible && binding_device >= 0) {
     add("binding", fmt::format("{{\"device\": {}, \"purpose\": \"{}\", \"bytes_short\": {}}}",
                                run::json_quote(devices[static_cast<size_t>(binding_device)].name),
@@ -98,11 +98,11 @@ std::string Plan::to_json() const {
                         list.empty() ? "" : ", ", changes, alternative.max_context,
                         run::json_quote(alternative.text));
   }
-  add("alternatives", "[" + list + "]");
+  add("alternatives", fmt::format("[{}]", list));
   list.clear();
   for (const std::string& remark : remarks)
     list += (list.empty() ? "" : ", ") + run::json_quote(remark);
-  add("remarks", "[" + list + "]");
+  add("remarks", fmt::format("[{}]", list));
   return out + "\n}";
 }
 

@@ -121,7 +121,7 @@ Result<Plan> Planner::plan_once(const Config& config) const {
 
   const ModelConfig& c = plan.model;
   plan.kv_type =
-      config.kv_type.value_or(config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kBF16);
+      config.kv_type.value_or(config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kF16);
   plan.kv_page_tokens = config.kv_page_tokens.value_or(auto_page_tokens(c, plan.kv_type));
   const KvLayout layout = layout_of(plan);
   plan.kv_bytes_per_token = c.num_hidden_layers * (layout.latent_row_bytes(plan.kv_type) +
