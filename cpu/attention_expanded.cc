@@ -29,7 +29,6 @@ struct Expanded {
   int64_t key_dim;                                     // of queries and keys: nope, zeros, rope
   int64_t latent_stride, key_stride, value_stride;     // tiles
   int64_t latent_panel, n_key_panels, n_value_panels;  // panels of 16 outputs
-  int64_t worker_bytes;
 
   float* key_panels;         // [n_key_panels][latent][16]
   float* value_panels;       // [n_value_panels][latent][16]
@@ -43,7 +42,7 @@ struct Expanded {
   int32_t* limits;           // [kAttendMaxCols]
   float* out;                // [kAttendMaxCols][value_padded]
 
-  Expanded(const AttendExpandedParams& p, void* base) noexcept {
+  Expanded(const AttendExpandedParams& p, Workspace& workspace) noexcept {
     latent = p.rows.layout.kv_lora_rank;
     rope = p.rows.layout.qk_rope_head_dim;
     nope = p.qk_nope_head_dim;
@@ -59,21 +58,19 @@ struct Expanded {
     n_value_panels = value_padded / kRowUnit;
     const int64_t task_tokens = round_up(std::min(p.n_tokens, kMaxTaskTokens), kAttendMaxCols);
 
-    ScratchCarver carver(base);
-    key_panels = carver.take<float>(n_key_panels * latent_panel);
-    value_panels = carver.take<float>(n_value_panels * latent_panel);
-    turned = carver.take<float>(nope * kRowUnit);
-    queries = carver.take<float>(task_tokens * key_dim);
-    latents = carver.take<float>(kAttendTileRows * latent_stride);
-    keys = carver.take<float>(kAttendTileRows * key_stride);
-    values = carver.take<float>(kAttendTileRows * value_stride);
-    scores = carver.take<float>(kAttendTileRows * kAttendMaxCols);
-    max = carver.take<float>(kAttendMaxCols);
-    sum = carver.take<float>(kAttendMaxCols);
-    decay = carver.take<float>(kAttendMaxCols);
-    limits = carver.take<int32_t>(kAttendMaxCols);
-    out = carver.take<float>(kAttendMaxCols * value_padded);
-    worker_bytes = carver.used_bytes();
+    key_panels = workspace.take<float>(n_key_panels * latent_panel);
+    value_panels = workspace.take<float>(n_value_panels * latent_panel);
+    turned = workspace.take<float>(nope * kRowUnit);
+    queries = workspace.take<float>(task_tokens * key_dim);
+    latents = workspace.take<float>(kAttendTileRows * latent_stride);
+    keys = workspace.take<float>(kAttendTileRows * key_stride);
+    values = workspace.take<float>(kAttendTileRows * value_stride);
+    scores = workspace.take<float>(kAttendTileRows * kAttendMaxCols);
+    max = workspace.take<float>(kAttendMaxCols);
+    sum = workspace.take<float>(kAttendMaxCols);
+    decay = workspace.take<float>(kAttendMaxCols);
+    limits = workspace.take<int32_t>(kAttendMaxCols);
+    out = workspace.take<float>(kAttendMaxCols * value_padded);
   }
 };
 
@@ -220,16 +217,26 @@ void run_task(const CpuContext& context, const AttendExpandedParams& p, const Ex
   if (p.finish) finish_queries(p, task);
 }
 
+WorkerParts carve(Workspace& workspace, const CpuContext& context,
+                  const AttendExpandedParams& p) noexcept {
+  Workspace counting;
+  const Expanded part(p, counting);
+  return WorkerParts(workspace, context.threads->size(), counting.used_bytes());
+}
+
 }  // namespace
 
 int64_t workspace_bytes(const CpuContext& context, const AttendExpandedParams& p) noexcept {
-  return context.threads->size() * Expanded(p, nullptr).worker_bytes;
+  Workspace counting;
+  carve(counting, context, p);
+  return counting.used_bytes();
 }
 
 void attend_expanded(const CpuContext& context, const OpContext& op,
                      const AttendExpandedParams& p) noexcept {
   if (p.n_tokens == 0 || p.n_heads == 0) return;
-  const int64_t worker_bytes = Expanded(p, nullptr).worker_bytes;
+  Workspace workspace(op);
+  const WorkerParts workers = carve(workspace, context, p);
   // Every group of tokens expands the tiles for itself: more groups than needed only when there
   // are fewer heads than threads.
   const int64_t n_threads = context.threads->size();
@@ -238,7 +245,8 @@ void attend_expanded(const CpuContext& context, const OpContext& op,
   const int64_t group = round_up((p.n_tokens + wanted - 1) / wanted, kAttendMaxCols);
   const int64_t n_groups = (p.n_tokens + group - 1) / group;
   context.threads->parallel_for(p.n_heads * n_groups, [&](int64_t index, int worker) {
-    const Expanded scratch(p, static_cast<std::byte*>(op.workspace) + worker * worker_bytes);
+    Workspace part = workers.part(worker);
+    const Expanded scratch(p, part);
     const int64_t first = index % n_groups * group;
     run_task(context, p, scratch, {index / n_groups, first, std::min(first + group, p.n_tokens)});
   });

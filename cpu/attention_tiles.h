@@ -1,5 +1,5 @@
-// Pieces that both forms of attention share: the carving of a worker's scratch, columns of queries,
-// and causal limits.
+// Pieces that both forms of attention share: scratch of the workers, columns of queries, causal
+// limits.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/rows_kernels.h"
+#include "cpu/workspace.h"
 #include "fathom/kv_page.hpp"
 
 namespace fathom::cpu {
@@ -24,21 +25,18 @@ constexpr int64_t tile_stride(int64_t n) noexcept {
   return padded / kRowUnit % 2 == 1 ? padded : padded + kRowUnit;
 }
 
-// Hands out parts of a buffer in cache lines; with null it only counts.
-class ScratchCarver {
+// A part of the workspace for each worker, all of the same size.
+class WorkerParts {
  public:
-  explicit ScratchCarver(void* base) noexcept : base_(static_cast<std::byte*>(base)) {}
-  template <class T>
-  T* take(int64_t count) noexcept {
-    T* part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return part;
+  WorkerParts(Workspace& workspace, int64_t n_workers, int64_t part_bytes) noexcept
+      : base_(workspace.take<std::byte>(n_workers * part_bytes)), part_bytes_(part_bytes) {}
+  Workspace part(int worker) const noexcept {
+    return Workspace(OpContext{base_ + worker * part_bytes_, part_bytes_});
   }
-  int64_t used_bytes() const noexcept { return used_; }
 
  private:
   std::byte* base_;
-  int64_t used_ = 0;
+  int64_t part_bytes_;
 };
 
 // Zeros in columns [from, to) of the rows of a tile: they take part in products as padding.
