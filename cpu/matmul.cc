@@ -165,7 +165,8 @@ void heads_matmul_transposed(const CpuContext& ctx, const OpContext& op,
 const MatmulKernels& matmul_kernels(Isa isa) noexcept {
 #ifdef __x86_64__
   if (isa == Isa::kAvx2) return matmul_kernels_avx2();
-  if (isa == Isa::kAvx512 || isa == Isa::kAmx) return matmul_kernels_avx512();
+  if (isa == Isa::kAvx512) return matmul_kernels_avx512();
+  if (isa == Isa::kAmx) return matmul_kernels_amx();
 #endif
   static_cast<void>(isa);
   return matmul_kernels_scalar();

@@ -26,7 +26,7 @@ void ffn(const CpuContext&, const OpContext&, const FfnParams&) noexcept;
 // Ids outside [0, gate->count) are passed over.
 void experts(const CpuContext&, const OpContext&, const ExpertsParams&) noexcept;
 
-// The kernels of an instruction set; those of the next lower one where a set has none of its own.
+// The kernels of an instruction set; the scalar ones where a build has no others.
 const MatmulKernels& matmul_kernels(Isa isa) noexcept;
 
 // Rows 16 * row_group .. + 15 of matrix `index`, dequantised: panel[k][16] for the columns

@@ -95,6 +95,7 @@ inline int32_t i_sum(I v) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
+inline I i_load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
 inline I i_add(I a, I b) {
   return _mm256_add_epi32(a, b);
 }
@@ -146,6 +147,7 @@ inline F f_load_f8(const void* p) {
 inline B b_load(const void* p) {
   return _mm256_loadu_si256(static_cast<const B*>(p));
 }
+inline void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<B*>(p), v); }
 inline B b_low4(B v) {
   return _mm256_and_si256(v, _mm256_set1_epi8(15));
 }

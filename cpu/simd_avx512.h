@@ -92,6 +92,7 @@ inline float f_max_lane(F v) {
 inline int32_t i_sum(I v) {
   return _mm512_reduce_add_epi32(v);
 }
+inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline I i_add(I a, I b) {
   return _mm512_add_epi32(a, b);
 }
@@ -140,6 +141,7 @@ inline F f_load_f8(const void* p) {
 inline B b_load(const void* p) {
   return _mm512_loadu_si512(p);
 }
+inline void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
 inline B b_low4(B v) {
   return _mm512_and_si512(v, _mm512_set1_epi8(15));
 }
