@@ -11,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "capi_support.h"
+#include "capi_fixture.h"
 
 namespace {
 

@@ -11,10 +11,10 @@ static fathom_error error_storage;
 static fathom_error* const err = &error_storage;
 
 /* The call names the argument that is NULL. */
-#define CHECK_NULL(argument, call)                                                       \
-  do {                                                                                   \
-    CHECK_CODE(FATHOM_E_ARGUMENT, call);                                                 \
-    CHECK_THAT(strcmp(err->key, argument) == 0 && strstr(err->message, "NULL") != NULL); \
+#define CHECK_NULL(argument, call)                                                   \
+  do {                                                                               \
+    EXPECT_CODE(FATHOM_E_ARGUMENT, call);                                            \
+    EXPECT(strcmp(err->key, argument) == 0 && strstr(err->message, "NULL") != NULL); \
   } while (0)
 
 static void test_null(const Fixture* f) {
@@ -44,7 +44,7 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("buf", fathom_capabilities_json(NULL, 4, &len, err));
 
   CHECK_NULL("out", fathom_config_create(NULL, err));
-  CHECK_OK(fathom_config_create(&config, err));
+  EXPECT_OK(fathom_config_create(&config, err));
   CHECK_NULL("cfg", fathom_config_set(NULL, "threads", "1", err));
   CHECK_NULL("key", fathom_config_set(config, NULL, "1", err));
   CHECK_NULL("value", fathom_config_set(config, "threads", NULL, err));
@@ -65,7 +65,7 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("out", fathom_cancel_create(NULL, err));
 
   CHECK_NULL("eng", fathom_plan_create(NULL, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));
-  CHECK_THAT(plan == NULL);
+  EXPECT(plan == NULL);
   CHECK_NULL("model_path", fathom_plan_create(f->engine, NULL, NULL, &plan, err));
   CHECK_NULL("out", fathom_plan_create(f->engine, FATHOM_EXAMPLE_MODEL, NULL, NULL, err));
   CHECK_NULL("plan", fathom_plan_get_summary(NULL, &summary, err));
@@ -80,7 +80,7 @@ static void test_null(const Fixture* f) {
 
   model = (fathom_model*)buf;
   CHECK_NULL("eng", fathom_model_load(NULL, f->plan, NULL, &model, err));
-  CHECK_THAT(model == NULL);
+  EXPECT(model == NULL);
   CHECK_NULL("plan", fathom_model_load(f->engine, NULL, NULL, &model, err));
   CHECK_NULL("out", fathom_model_load(f->engine, f->plan, NULL, NULL, err));
   CHECK_NULL("model", fathom_model_get_info(NULL, &model_info, err));
@@ -92,7 +92,7 @@ static void test_null(const Fixture* f) {
 
   tokenizer = (fathom_tokenizer*)buf;
   CHECK_NULL("path", fathom_tokenizer_open(NULL, &tokenizer, err));
-  CHECK_THAT(tokenizer == NULL);
+  EXPECT(tokenizer == NULL);
   CHECK_NULL("out", fathom_tokenizer_open(FATHOM_EXAMPLE_MODEL, NULL, err));
   CHECK_NULL("model", fathom_tokenizer_of(NULL, &tokenizer, err));
   CHECK_NULL("out", fathom_tokenizer_of(f->model, NULL, err));
@@ -119,7 +119,7 @@ static void test_null(const Fixture* f) {
                                      NULL, err));
 
   CHECK_NULL("out", fathom_sampler_create(NULL, NULL, err));
-  CHECK_OK(fathom_sampler_create(NULL, &sampler, err));
+  EXPECT_OK(fathom_sampler_create(NULL, &sampler, err));
   CHECK_NULL("s", fathom_sampler_pick(NULL, logits, 4, NULL, 0, &id, err));
   CHECK_NULL("logits", fathom_sampler_pick(sampler, NULL, 4, NULL, 0, &id, err));
   CHECK_NULL("logits", fathom_sampler_pick(sampler, NULL, 0, NULL, 0, &id, err));
@@ -129,7 +129,7 @@ static void test_null(const Fixture* f) {
 
   session = (fathom_session*)buf;
   CHECK_NULL("model", fathom_session_create(NULL, NULL, &session, err));
-  CHECK_THAT(session == NULL);
+  EXPECT(session == NULL);
   CHECK_NULL("out", fathom_session_create(f->model, NULL, NULL, err));
   CHECK_NULL("s", fathom_session_get_info(NULL, &session_info, err));
   CHECK_NULL("out", fathom_session_get_info(f->session, NULL, err));
@@ -138,7 +138,7 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("ids", fathom_session_prefill(f->session, NULL, 8, NULL, err));
   CHECK_NULL("ids", fathom_session_prefill(f->session, NULL, 0, NULL, err));
   CHECK_NULL("s", fathom_session_step(NULL, 1, err));
-  CHECK_OK(fathom_session_prefill(f->session, ids, 8, NULL, err));
+  EXPECT_OK(fathom_session_prefill(f->session, ids, 8, NULL, err));
   CHECK_NULL("s", fathom_session_generate(NULL, sampler, &params, NULL, NULL, err));
   params.n_stop_ids = 1;
   CHECK_NULL("stop_ids", fathom_session_generate(f->session, sampler, &params, NULL, NULL, err));
@@ -161,11 +161,11 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("eng", fathom_memory_snapshot(NULL, items, 8, &len, err));
   CHECK_NULL("items", fathom_memory_snapshot(f->engine, NULL, 8, &len, err));
   CHECK_NULL("n", fathom_memory_snapshot(f->engine, items, 8, NULL, err));
-  CHECK_OK(fathom_session_truncate(f->session, 0, err));
+  EXPECT_OK(fathom_session_truncate(f->session, 0, err));
 
   /* No error struct at all is fine. */
-  CHECK_THAT(fathom_config_set(config, "no.such", "1", NULL) == FATHOM_E_CONFIG);
-  CHECK_THAT(fathom_session_step(f->session, -1, NULL) == FATHOM_E_ARGUMENT);
+  EXPECT(fathom_config_set(config, "no.such", "1", NULL) == FATHOM_E_CONFIG);
+  EXPECT(fathom_session_step(f->session, -1, NULL) == FATHOM_E_ARGUMENT);
   fathom_config_free(NULL);
   fathom_engine_free(NULL);
   fathom_plan_free(NULL);
@@ -184,8 +184,8 @@ static void test_null(const Fixture* f) {
     size_t i_;                                                    \
     for (i_ = 0; i_ < sizeof wrong / sizeof *wrong; ++i_) {       \
       (object)->struct_size = wrong[i_];                          \
-      CHECK_CODE(FATHOM_E_ARGUMENT, call);                        \
-      CHECK_THAT(strstr(err->message, "struct_size") != NULL);    \
+      EXPECT_CODE(FATHOM_E_ARGUMENT, call);                       \
+      EXPECT(strstr(err->message, "struct_size") != NULL);        \
     }                                                             \
   } while (0)
 
@@ -202,25 +202,25 @@ static void test_null(const Fixture* f) {
     memset(&newer, 0, sizeof newer);          \
     CHECK_SIZES(in, call);                    \
     in->struct_size = (uint32_t)sizeof newer; \
-    CHECK_OK(call);                           \
+    EXPECT_OK(call);                          \
     newer.more = 1;                           \
-    CHECK_CODE(FATHOM_E_VERSION, call);       \
+    EXPECT_CODE(FATHOM_E_VERSION, call);      \
     in->struct_size = 8;                      \
-    CHECK_OK(call);                           \
+    EXPECT_OK(call);                          \
   } while (0)
-#define CHECK_OUT(type, call)                                                            \
-  do {                                                                                   \
-    NEWER(type) newer;                                                                   \
-    type* const out = &newer.known;                                                      \
-    CHECK_SIZES(out, call);                                                              \
-    memset(&newer, 0x5a, sizeof newer);                                                  \
-    out->struct_size = (uint32_t)sizeof newer;                                           \
-    CHECK_OK(call);                                                                      \
-    CHECK_THAT(newer.more == 0 && out->struct_size == sizeof newer);                     \
-    memset(&newer, 0x5a, sizeof newer);                                                  \
-    out->struct_size = 8;                                                                \
-    CHECK_OK(call);                                                                      \
-    CHECK_THAT(((unsigned char*)out)[8] == 0x5a && newer.more == 0x5a5a5a5a5a5a5a5aull); \
+#define CHECK_OUT(type, call)                                                        \
+  do {                                                                               \
+    NEWER(type) newer;                                                               \
+    type* const out = &newer.known;                                                  \
+    CHECK_SIZES(out, call);                                                          \
+    memset(&newer, 0x5a, sizeof newer);                                              \
+    out->struct_size = (uint32_t)sizeof newer;                                       \
+    EXPECT_OK(call);                                                                 \
+    EXPECT(newer.more == 0 && out->struct_size == sizeof newer);                     \
+    memset(&newer, 0x5a, sizeof newer);                                              \
+    out->struct_size = 8;                                                            \
+    EXPECT_OK(call);                                                                 \
+    EXPECT(((unsigned char*)out)[8] == 0x5a && newer.more == 0x5a5a5a5a5a5a5a5aull); \
   } while (0)
 
 static void test_sizes(const Fixture* f) {
@@ -229,7 +229,7 @@ static void test_sizes(const Fixture* f) {
   fathom_engine* engine = NULL;
   fathom_session* session = NULL;
   uint64_t n;
-  CHECK_OK(fathom_session_prefill(f->session, ids, 2, NULL, err));
+  EXPECT_OK(fathom_session_prefill(f->session, ids, 2, NULL, err));
   CHECK_IN(fathom_host, (fathom_engine_free(engine), fathom_engine_create(NULL, in, &engine, err)));
   CHECK_IN(fathom_run, fathom_session_prefill(f->session, ids, 2, in, err));
   CHECK_IN(fathom_sampler_params,
@@ -256,34 +256,34 @@ static void test_sizes(const Fixture* f) {
     fathom_memory_item* const first = items;
     CHECK_SIZES(first, fathom_memory_snapshot(f->engine, items, 8, &n, err));
   }
-  CHECK_OK(fathom_session_truncate(f->session, 0, err));
+  EXPECT_OK(fathom_session_truncate(f->session, 0, err));
 }
 
 static void test_error_struct(void) {
   fathom_error e;
   fathom_config* config = NULL;
   char key[200];
-  CHECK_OK(fathom_config_create(&config, err));
+  EXPECT_OK(fathom_config_create(&config, err));
   /* Too small to be one: left alone. */
   memset(&e, 0x5a, sizeof e);
   e.struct_size = 4;
-  CHECK_THAT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
-  CHECK_THAT(e.code == 0x5a5a5a5a);
+  EXPECT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
+  EXPECT(e.code == 0x5a5a5a5a);
   /* An older, shorter one: its text ends with NUL, nothing is written behind it. */
   e.struct_size = 40 + 64 + 16;
-  CHECK_THAT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
-  CHECK_THAT(e.code == FATHOM_E_CONFIG && strcmp(e.key, "no.such") == 0);
-  CHECK_THAT(strlen(e.message) == 15 && e.message[16] == 'Z');
+  EXPECT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
+  EXPECT(e.code == FATHOM_E_CONFIG && strcmp(e.key, "no.such") == 0);
+  EXPECT(strlen(e.message) == 15 && e.message[16] == 'Z');
   /* Garbage for a size never makes us write more than we have. */
   e.struct_size = 0xfffffff0u;
-  CHECK_THAT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
-  CHECK_THAT(e.struct_size == 0xfffffff0u && e.message[0] == 'u');
+  EXPECT(fathom_config_set(config, "no.such", "1", &e) == FATHOM_E_CONFIG);
+  EXPECT(e.struct_size == 0xfffffff0u && e.message[0] == 'u');
   /* Long names are cut at a character. */
   memset(key, 'a', sizeof key);
   memcpy(key + 62, "\xc3\xa4", 2);
   key[199] = '\0';
-  CHECK_CODE(FATHOM_E_CONFIG, fathom_config_set(config, key, "1", err));
-  CHECK_THAT(strlen(err->key) == 62);
+  EXPECT_CODE(FATHOM_E_CONFIG, fathom_config_set(config, key, "1", err));
+  EXPECT(strlen(err->key) == 62);
   fathom_config_free(config);
 }
 
@@ -305,80 +305,80 @@ static void test_values(const Fixture* f) {
   size_t i;
   for (i = 0; i < 4; ++i) {
     sampling.temperature = bad_temperatures[i];
-    CHECK_CODE(FATHOM_E_ARGUMENT, fathom_sampler_create(&sampling, &sampler, err));
-    CHECK_THAT(strcmp(err->key, "temperature") == 0 && sampler == NULL);
+    EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_sampler_create(&sampling, &sampler, err));
+    EXPECT(strcmp(err->key, "temperature") == 0 && sampler == NULL);
   }
   sampling.temperature = 0;
   sampling.repeat_window = 0xffffffffu;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_sampler_create(&sampling, &sampler, err));
-  CHECK_OK(fathom_sampler_create(NULL, &sampler, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, 0, NULL, 0, &id, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, huge, NULL, 0, &id, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, 1, ids, huge, &id, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_sampler_create(&sampling, &sampler, err));
+  EXPECT_OK(fathom_sampler_create(NULL, &sampler, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, 0, NULL, 0, &id, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, huge, NULL, 0, &id, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_sampler_pick(sampler, logits, 1, ids, huge, &id, err));
   fathom_sampler_free(sampler);
 
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 0, NULL, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, huge, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 0, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, huge, NULL, err));
   ids[2] = -1;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 3, NULL, err));
-  CHECK_THAT(strstr(err->message, "-1") && strstr(err->message, "2048"));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 3, NULL, err));
+  EXPECT(strstr(err->message, "-1") && strstr(err->message, "2048"));
   ids[2] = 2048;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 3, NULL, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, -1, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, 2048, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, INT32_MIN, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 3, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, -1, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, 2048, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step(f->session, INT32_MIN, err));
   run.flags = 1;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 2, &run, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 2, &run, err));
   run.flags = 0;
   run.chunk = huge;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 2, &run, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_truncate(f->session, 1, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_truncate(f->session, huge, err));
-  CHECK_CODE(FATHOM_E_CONTEXT_FULL, fathom_session_reserve(f->session, 257, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_reserve(f->session, huge, err));
-  CHECK_CODE(FATHOM_E_CONTEXT_FULL, fathom_session_reserve(f->session, INT64_MAX, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_tokens(f->session, huge, NULL, 0, &n, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_prefill(f->session, ids, 2, &run, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_truncate(f->session, 1, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_truncate(f->session, huge, err));
+  EXPECT_CODE(FATHOM_E_CONTEXT_FULL, fathom_session_reserve(f->session, 257, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_reserve(f->session, huge, err));
+  EXPECT_CODE(FATHOM_E_CONTEXT_FULL, fathom_session_reserve(f->session, INT64_MAX, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_tokens(f->session, huge, NULL, 0, &n, err));
 
   session_params.max_tokens = 257;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
   session_params.max_tokens = huge;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
   session_params.max_tokens = 0;
   session_params.reserve_tokens = huge;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
   session_params.reserve_tokens = 0;
   session_params.flags = 1;
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_create(f->model, &session_params, &session, err));
 
-  CHECK_OK(fathom_session_prefill(f->session, ids, 2, NULL, err));
+  EXPECT_OK(fathom_session_prefill(f->session, ids, 2, NULL, err));
   params.flags = 4;
-  CHECK_CODE(FATHOM_E_ARGUMENT,
-             fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT,
+              fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
   params.flags = 0;
   params.max_new_tokens = huge;
-  CHECK_CODE(FATHOM_E_ARGUMENT,
-             fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT,
+              fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
   params.max_new_tokens = 0;
   params.stop_ids = &ids[2];
   params.n_stop_ids = 1;
-  CHECK_CODE(FATHOM_E_ARGUMENT,
-             fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT,
+              fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
   params.n_stop_ids = huge;
-  CHECK_CODE(FATHOM_E_ARGUMENT,
-             fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
-  CHECK_OK(fathom_session_truncate(f->session, 0, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT,
+              fathom_session_generate(f->session, NULL, &params, NULL, NULL, err));
+  EXPECT_OK(fathom_session_truncate(f->session, 0, err));
 
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_tokenize(f->tokenizer, "a", huge, 0, ids, 3, &n, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_tokenize(f->tokenizer, "a", 1, 4, ids, 3, &n, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_detokenize(f->tokenizer, ids, 1, 1, buf, 16, &len, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_detokenize(f->tokenizer, ids, huge, 0, buf, 16, &len, err));
-  CHECK_CODE(FATHOM_E_BUFFER_TOO_SMALL,
-             fathom_detokenize(f->tokenizer, ids, 0, 0, buf, 0, &len, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_config_merge_json((fathom_config*)NULL, "{}", huge, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_tokenize(f->tokenizer, "a", huge, 0, ids, 3, &n, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_tokenize(f->tokenizer, "a", 1, 4, ids, 3, &n, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_detokenize(f->tokenizer, ids, 1, 1, buf, 16, &len, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_detokenize(f->tokenizer, ids, huge, 0, buf, 16, &len, err));
+  EXPECT_CODE(FATHOM_E_BUFFER_TOO_SMALL,
+              fathom_detokenize(f->tokenizer, ids, 0, 0, buf, 0, &len, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_config_merge_json((fathom_config*)NULL, "{}", huge, err));
 
   /* A plan belongs to its engine. */
-  CHECK_OK(fathom_engine_create(NULL, NULL, &other, err));
-  CHECK_CODE(FATHOM_E_ARGUMENT, fathom_model_load(other, f->plan, NULL, &model, err));
+  EXPECT_OK(fathom_engine_create(NULL, NULL, &other, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_model_load(other, f->plan, NULL, &model, err));
   fathom_engine_free(other);
 }
 
@@ -402,22 +402,22 @@ static int32_t try_all(void* user, int32_t phase, uint64_t done, uint64_t total)
   uint64_t n;
   (void)phase, (void)done, (void)total;
   if (in->calls++ > 0) return 0;
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_step(f->session, 2, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_step(in->other, 2, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_prefill(in->other, &id, 1, NULL, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_truncate(in->other, 0, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_tokens(in->other, 0, NULL, 0, &n, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_engine_device(f->engine, 0, &device, NULL, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_engine_set_budget(f->engine, 0, 1, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_sampler_reset(in->sampler, 1, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_config_create(&config, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_step(f->session, 2, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_step(in->other, 2, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_prefill(in->other, &id, 1, NULL, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_truncate(in->other, 0, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_tokens(in->other, 0, NULL, 0, &n, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_engine_device(f->engine, 0, &device, NULL, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_engine_set_budget(f->engine, 0, 1, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_sampler_reset(in->sampler, 1, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_config_create(&config, err));
   /* Allowed: */
-  CHECK_OK(fathom_session_get_info(in->other, &info, err));
-  CHECK_OK(fathom_model_get_info(f->model, &model_info, err));
-  CHECK_CODE(FATHOM_E_BUSY, fathom_session_get_info(f->session, &info, err)); /* in use */
-  CHECK_THAT(fathom_version() != 0 && fathom_version_string() != NULL);
+  EXPECT_OK(fathom_session_get_info(in->other, &info, err));
+  EXPECT_OK(fathom_model_get_info(f->model, &model_info, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_session_get_info(f->session, &info, err)); /* in use */
+  EXPECT(fathom_version() != 0 && fathom_version_string() != NULL);
   /* These must not pull the ground from under the running call. */
   fathom_session_free(f->session);
   fathom_session_free(in->other);
@@ -437,20 +437,20 @@ static void test_inside_callback(const Fixture* f) {
   fathom_token ids[40];
   int i;
   for (i = 0; i < 40; ++i) ids[i] = i + 2;
-  CHECK_OK(fathom_session_create(f->model, NULL, &in.other, err));
-  CHECK_OK(fathom_cancel_create(&in.cancel, err));
-  CHECK_OK(fathom_sampler_create(NULL, &in.sampler, err));
+  EXPECT_OK(fathom_session_create(f->model, NULL, &in.other, err));
+  EXPECT_OK(fathom_cancel_create(&in.cancel, err));
+  EXPECT_OK(fathom_sampler_create(NULL, &in.sampler, err));
   run.progress = try_all;
   run.user = &in;
   run.cancel = in.cancel;
-  CHECK_CODE(FATHOM_E_CANCELLED, fathom_session_prefill(f->session, ids, 40, &run, err));
-  CHECK_THAT(in.calls > 0);
+  EXPECT_CODE(FATHOM_E_CANCELLED, fathom_session_prefill(f->session, ids, 40, &run, err));
+  EXPECT(in.calls > 0);
   /* All still there and usable. */
-  CHECK_OK(fathom_session_step(in.other, 2, err));
-  CHECK_OK(fathom_sampler_reset(in.sampler, 1, err));
+  EXPECT_OK(fathom_session_step(in.other, 2, err));
+  EXPECT_OK(fathom_sampler_reset(in.sampler, 1, err));
   fathom_cancel_reset(in.cancel);
-  CHECK_OK(fathom_session_prefill(f->session, ids, 40, &run, err));
-  CHECK_OK(fathom_session_truncate(f->session, 0, err));
+  EXPECT_OK(fathom_session_prefill(f->session, ids, 40, &run, err));
+  EXPECT_OK(fathom_session_truncate(f->session, 0, err));
   fathom_session_free(in.other);
   fathom_cancel_free(in.cancel);
   fathom_sampler_free(in.sampler);
@@ -473,13 +473,13 @@ static void test_observer_refuses(void) {
   host.memory = refuse_memory;
   f = open_fixture(FATHOM_EXAMPLE_MODEL, &host);
   refuse = 1;
-  CHECK_CODE(FATHOM_E_CALLBACK, fathom_model_load(f.engine, f.plan, NULL, &model, err));
-  CHECK_CODE(FATHOM_E_CALLBACK, fathom_session_create(f.model, NULL, &session, err));
-  CHECK_CODE(FATHOM_E_CALLBACK, fathom_session_step(f.session, 2, err));
-  CHECK_OK(fathom_session_get_info(f.session, &info, err));
-  CHECK_THAT(info.n_tokens == 0 && info.capacity_tokens == 0 && !model && !session);
+  EXPECT_CODE(FATHOM_E_CALLBACK, fathom_model_load(f.engine, f.plan, NULL, &model, err));
+  EXPECT_CODE(FATHOM_E_CALLBACK, fathom_session_create(f.model, NULL, &session, err));
+  EXPECT_CODE(FATHOM_E_CALLBACK, fathom_session_step(f.session, 2, err));
+  EXPECT_OK(fathom_session_get_info(f.session, &info, err));
+  EXPECT(info.n_tokens == 0 && info.capacity_tokens == 0 && !model && !session);
   refuse = 0;
-  CHECK_OK(fathom_session_step(f.session, 2, err));
+  EXPECT_OK(fathom_session_step(f.session, 2, err));
   close_fixture(&f);
 }
 
@@ -488,15 +488,15 @@ static void test_budget(const Fixture* f) {
   fathom_device_info info = {.struct_size = sizeof info};
   fathom_session* session = NULL;
   uint64_t now;
-  CHECK_OK(fathom_engine_device(f->engine, 0, &info, NULL, err));
+  EXPECT_OK(fathom_engine_device(f->engine, 0, &info, NULL, err));
   now = info.bytes_now;
-  CHECK_OK(fathom_engine_set_budget(f->engine, 0, now, err));
-  CHECK_CODE(FATHOM_E_BUDGET, fathom_session_create(f->model, NULL, &session, err));
-  CHECK_THAT(session == NULL && err->bytes_needed > err->bytes_available);
-  CHECK_OK(fathom_engine_device(f->engine, 0, &info, NULL, err));
-  CHECK_THAT(info.bytes_now == now && info.bytes_peak >= now);
-  CHECK_OK(fathom_engine_set_budget(f->engine, 0, now * 4, err));
-  CHECK_OK(fathom_session_create(f->model, NULL, &session, err));
+  EXPECT_OK(fathom_engine_set_budget(f->engine, 0, now, err));
+  EXPECT_CODE(FATHOM_E_BUDGET, fathom_session_create(f->model, NULL, &session, err));
+  EXPECT(session == NULL && err->bytes_needed > err->bytes_available);
+  EXPECT_OK(fathom_engine_device(f->engine, 0, &info, NULL, err));
+  EXPECT(info.bytes_now == now && info.bytes_peak >= now);
+  EXPECT_OK(fathom_engine_set_budget(f->engine, 0, now * 4, err));
+  EXPECT_OK(fathom_session_create(f->model, NULL, &session, err));
   fathom_session_free(session);
 }
 
@@ -505,8 +505,8 @@ static void test_fork(const Fixture* f) {
   fathom_config* config = NULL;
   fathom_sampler* sampler = NULL;
   pid_t child;
-  CHECK_OK(fathom_config_create(&config, err));
-  CHECK_OK(fathom_sampler_create(NULL, &sampler, err));
+  EXPECT_OK(fathom_config_create(&config, err));
+  EXPECT_OK(fathom_sampler_create(NULL, &sampler, err));
   child = fork();
   if (child == 0) {
     fathom_session_info session_info = {.struct_size = sizeof session_info};
@@ -516,17 +516,17 @@ static void test_fork(const Fixture* f) {
     fathom_token id = 2;
     uint64_t n;
     failures = 0;
-    CHECK_CODE(FATHOM_E_FORKED, fathom_session_step(f->session, 2, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_session_prefill(f->session, &id, 1, NULL, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_session_get_info(f->session, &session_info, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_model_get_info(f->model, &model_info, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_plan_get_summary(f->plan, &summary, err));
-    CHECK_CODE(FATHOM_E_FORKED,
-               fathom_plan_create(f->engine, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_config_set(config, "threads", "1", err));
-    CHECK_CODE(FATHOM_E_FORKED, fathom_sampler_reset(sampler, 1, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_session_step(f->session, 2, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_session_prefill(f->session, &id, 1, NULL, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_session_get_info(f->session, &session_info, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_model_get_info(f->model, &model_info, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_plan_get_summary(f->plan, &summary, err));
+    EXPECT_CODE(FATHOM_E_FORKED,
+                fathom_plan_create(f->engine, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_config_set(config, "threads", "1", err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_sampler_reset(sampler, 1, err));
     fathom_session_free(f->session); /* would wait for threads that are not in this process */
     fathom_model_free(f->model);
     fathom_engine_free(f->engine);
@@ -535,8 +535,8 @@ static void test_fork(const Fixture* f) {
     _exit(failures != 0);
   }
   waitpid(child, &status, 0);
-  CHECK_THAT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  CHECK_OK(fathom_config_set(config, "threads", "1", err));
+  EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  EXPECT_OK(fathom_config_set(config, "threads", "1", err));
   fathom_config_free(config);
   fathom_sampler_free(sampler);
 }
