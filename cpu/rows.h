@@ -14,11 +14,11 @@ void rope_table(const CpuContext&, const RopeTableParams&) noexcept;
 void rope(const CpuContext&, const RopeParams&) noexcept;
 void kv_append(const CpuContext&, const KvAppendParams&) noexcept;
 
-// Rows of `row_values` values each are handed to the threads in groups of this many: enough work
-// to be worth the hand-off.
+// Rows of `row_values` values each are handed to the threads in groups of this many: several
+// microseconds of work, as long as waking a thread takes.
 constexpr int64_t rows_per_task(int64_t row_values) noexcept {
-  constexpr int64_t kTaskValues = 16384;
-  return row_values >= kTaskValues ? 1 : (kTaskValues + row_values - 1) / (row_values + 1) + 1;
+  constexpr int64_t kTaskValues = 32768;
+  return row_values < 1 ? kTaskValues : (kTaskValues + row_values - 1) / row_values;
 }
 
 // Calls fn(first, end) for groups of rows on the threads of the context.

@@ -50,13 +50,13 @@ double step_of(RowType type, double value, double largest) {
 std::vector<std::byte> encode(const RowKernels& kernels, RowType type,
                               const std::vector<float>& values) {
   const auto n = static_cast<int64_t>(values.size());
-  std::vector<std::byte> row(static_cast<size_t>(row_bytes_of(type, n)) + 8, std::byte{0xab});
+  const auto size = static_cast<size_t>(row_bytes_of(type, n));
+  std::vector<std::byte> row(size + 8, std::byte{0xab});
   for (int64_t first = 0; first < n; first += kEncodeColumns)
     encode_columns(kernels, type, values.data() + first, first, std::min(kEncodeColumns, n - first),
                    n, row.data());
-  for (size_t i = row.size() - 8; i < row.size(); ++i) REQUIRE(row[i] == std::byte{0xab});
-  row.resize(row.size() - 8);
-  return row;
+  for (size_t i = size; i < row.size(); ++i) REQUIRE(row[i] == std::byte{0xab});
+  return {row.begin(), row.begin() + static_cast<std::ptrdiff_t>(size)};
 }
 
 }  // namespace
