@@ -42,13 +42,19 @@ class Mass {
     bits_ = std::min(52, 62 - static_cast<int>(std::bit_width(vocab_size)));
   }
   uint64_t full() const noexcept { return uint64_t{1} << bits_; }  // of the best logit
+  // False for logits so low that their mass is zero; cheap.
+  bool may_count(float logit) const noexcept { return exponent(logit) >= kLeastExponent; }
   uint64_t operator()(float logit) const noexcept {
-    const double x = (double{logit} - best_) * inverse_temperature_;
-    if (!(x >= -44)) return 0;  // below 2^-62
+    const double x = exponent(logit);
+    if (!(x >= kLeastExponent)) return 0;
     return static_cast<uint64_t>(exp_negative(x) * static_cast<double>(full()));
   }
 
  private:
+  static constexpr double kLeastExponent = -44;  // e^-44 < 2^-62
+  double exponent(float logit) const noexcept {
+    return (double{logit} - best_) * inverse_temperature_;
+  }
   double best_, inverse_temperature_;
   int bits_;
 };
@@ -193,7 +199,7 @@ Result<int32_t> Sampler::pick(std::span<const float> logits, std::span<const int
   if (options_.temperature == 0) return best.id;
 
   const Mass mass(best.logit, options_.temperature, logits.size());
-  // Least likely token kept; a token without mass is never drawn, so it needs no place.
+  // Least likely token kept.
   Candidate last{.logit = -kInfinity, .id = std::numeric_limits<int32_t>::max()};
   candidates_.reserve(logits.size());
   const auto top_k = static_cast<size_t>(options_.top_k);
@@ -201,7 +207,7 @@ Result<int32_t> Sampler::pick(std::span<const float> logits, std::span<const int
   if (cut_k || options_.top_p < 1) {
     candidates_.clear();
     for_each_logit(logits, penalised_, penalty, [&](int32_t id, float logit) {
-      if (mass(logit) > 0) candidates_.push_back({logit, id});
+      if (mass.may_count(logit)) candidates_.push_back({logit, id});
     });
     if (cut_k && top_k < candidates_.size()) {
       const auto end = candidates_.begin() + options_.top_k;
