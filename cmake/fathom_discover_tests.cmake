@@ -1,7 +1,7 @@
 # fathom_discover_tests(<target>): every Catch2 case of the program becomes a test of ctest named
 # "<target>: <case>".  Tags become properties: [slow] gives the label `slow` instead of `quick`
 # and more time, [serial] keeps other tests away (for cases that measure time or memory).
-# A case that prints a line beginning with "SKIPPED: " counts as skipped.
+# A case that prints a line beginning with "SKIPPED: " (WARN will do) counts as skipped.
 #
 # Run as a script after each link, this file also does the work.
 if(NOT CMAKE_SCRIPT_MODE_FILE)
@@ -53,7 +53,7 @@ foreach(label quick slow)
     string(APPEND script
       "add_test([==[${target}: ${case}]==] [==[${program}]==] [==[${escaped}]==])\n"
       "set_tests_properties([==[${target}: ${case}]==] PROPERTIES LABELS ${label} "
-      "TIMEOUT ${timeout} SKIP_REGULAR_EXPRESSION [==[(^|\n)SKIPPED: ]==]")
+      "TIMEOUT ${timeout} SKIP_REGULAR_EXPRESSION [==[(^|\n) *SKIPPED: ]==]")
     if(case IN_LIST serial)
       string(APPEND script " RUN_SERIAL ON")
     endif()
