@@ -291,9 +291,12 @@ TEST_CASE("absorbed attention equals softmax written out, on every instruction s
 }
 
 TEST_CASE("expanded attention equals softmax written out, on every instruction set") {
-  for (const Shape& shape : kShapes)
+  for (Shape shape : kShapes)
     for (const bool transposed : {false, true}) {
-      if (transposed && shape.r * shape.n_heads * shape.n_rows() > 1000000) continue;  // time
+      if (shape.n_rows() > 600) {  // time: heads are all alike here
+        if (transposed) continue;
+        shape.n_heads = std::min<int64_t>(shape.n_heads, 4);
+      }
       auto scalar = make_backend("scalar");
       const ExpandedCase c(shape, transposed, *scalar);
       Pages pages(shape.page_tokens, shape.r, shape.rope, {KvType::kF32}, shape.n_rows());
@@ -336,13 +339,13 @@ TEST_CASE("attention over typed pages is attention over the rows they hold") {
 }
 
 TEST_CASE("page size, threads and the cut of rows into calls do not change a bit") {
-  const Shape shapes[] = {{1, 16, 96, 16, 32, 32, 1700},    // decode
+  const Shape shapes[] = {{1, 16, 56, 16, 20, 20, 1700},    // decode
                           {2, 3, 52, 12, 20, 24, 1500},     // few columns
                           {40, 16, 52, 12, 20, 24, 1030}};  // many columns
   for (const Shape& shape : shapes) {
     const std::vector<float> values = random_rows(shape);
     for (const std::string& isa : runnable_isas()) {
-      if (isa == "scalar" && shape.n_tokens > 2) continue;  // the same driver; time
+      if (isa == "scalar" && shape.n_heads > 3) continue;  // the same driver; time
       auto single = make_backend(isa, 1);
       const AbsorbedCase absorbed(shape);
       const ExpandedCase expanded(shape, true, *single);
