@@ -11,8 +11,8 @@
  *  2. Handles are returned through an out-argument, which is set to NULL before anything can fail.
  *     A NULL handle or NULL required pointer is FATHOM_E_ARGUMENT, never a crash.
  *  3. A failed call leaves every handle as it was, except: FATHOM_E_DEVICE (the session is poisoned,
- *     only its free works, all else answers FATHOM_E_STATE), and prefill, which keeps the chunks
- *     that were finished (fathom_session_get_info says how many tokens those are).
+ *     only its free works, all else answers FATHOM_E_STATE), and prefill and generate, which keep
+ *     the chunks and tokens that were finished (fathom_session_get_info says how many).
  *  4. Lifetime.  Children hold their parents: an engine may be freed while its models live.  Every
  *     free accepts NULL.  There is no init and no shutdown call, and no global state.
  *  5. Threads.  Engine, plan, model, tokenizer: any number of threads at once.  Config, sampler,

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <catch2/catch.hpp>
 #include <condition_variable>
+#include <filesystem>
 #include <functional>
 #include <mutex>
 #include <new>
@@ -289,4 +290,42 @@ TEST_CASE("an allocation that fails is E_MEMORY, and the next try works") {
         }) > 3);
   CHECK(fathom_session_step(session, 5, &err) == FATHOM_OK);
   fathom_session_free(session);
+}
+
+TEST_CASE("a model without a tokenizer takes token ids") {
+  namespace fs = std::filesystem;
+  const fs::path source = fs::path(FATHOM_TEST_DATA) / "models" / "tiny-v3";
+  const fs::path folder = fs::path(FATHOM_BINARY_DIR) / "tests" / "capi_no_tokenizer";
+  fs::create_directories(folder);
+  for (const char* name : {"config.json", "model.safetensors"})
+    fs::copy_file(source / name, folder / name, fs::copy_options::overwrite_existing);
+
+  Error err;
+  fathom_engine* engine = nullptr;
+  fathom_plan* plan = nullptr;
+  fathom_model* model = nullptr;
+  fathom_tokenizer* tokenizer = nullptr;
+  fathom_session* session = nullptr;
+  REQUIRE(fathom_engine_create(nullptr, nullptr, &engine, &err) == FATHOM_OK);
+  REQUIRE(fathom_plan_create(engine, folder.c_str(), nullptr, &plan, &err) == FATHOM_OK);
+  REQUIRE(fathom_model_load(engine, plan, nullptr, &model, &err) == FATHOM_OK);
+  CHECK(fathom_tokenizer_of(model, &tokenizer, &err) == FATHOM_E_NOT_FOUND);
+  CHECK(tokenizer == nullptr);
+  CHECK(fathom_tokenizer_open(folder.c_str(), &tokenizer, &err) == FATHOM_E_NOT_FOUND);
+  REQUIRE(fathom_session_create(model, nullptr, &session, &err) == FATHOM_OK);
+  const fathom_token ids[] = {1, 2, 3};
+  fathom_generate_params params{};
+  params.struct_size = sizeof params;
+  params.max_new_tokens = 3;
+  params.flags = FATHOM_GENERATE_IGNORE_EOS;
+  fathom_generate_result result{};
+  result.struct_size = sizeof result;
+  CHECK(fathom_session_prefill(session, ids, 3, nullptr, &err) == FATHOM_OK);
+  CHECK(fathom_session_generate(session, nullptr, &params, nullptr, &result, &err) == FATHOM_OK);
+  CHECK(result.n_new_tokens == 3);
+  CHECK(result.stop_reason == FATHOM_STOP_LENGTH);
+  fathom_session_free(session);
+  fathom_model_free(model);
+  fathom_plan_free(plan);
+  fathom_engine_free(engine);
 }
