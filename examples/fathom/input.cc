@@ -45,20 +45,27 @@ std::vector<int32_t> read_tokens(const std::string& path) {
 
 std::vector<fathom::ChatMessage> parse_conversation(const std::string& text) {
   const nlohmann::json json = nlohmann::json::parse(text, nullptr, false);
+  if (!json.is_array() || json.empty() || !json[0].is_object() || !json[0].contains("role"))
+    return {{"user", text}};
   std::vector<fathom::ChatMessage> messages;
-  const auto is_message = [](const nlohmann::json& m) {
-    return m.is_object() && m.contains("role") && m["role"].is_string() && m.contains("content") &&
-           m["content"].is_string();
-  };
-  if (json.is_array() && !json.empty())
-    for (const nlohmann::json& message : json) {
-      if (!is_message(message)) {
-        messages.clear();
-        break;
-      }
-      messages.push_back({message["role"], message["content"]});
+  try {
+    for (const nlohmann::json& item : json) {
+      fathom::ChatMessage message{item.at("role"), ""};
+      // A message that calls tools may have null for its content.
+      if (const auto content = item.find("content"); content != item.end() && !content->is_null())
+        message.content = content->get<std::string>();
+      if (const auto calls = item.find("tool_calls"); calls != item.end())
+        for (const nlohmann::json& call : *calls)
+          message.tool_calls.push_back({.type = call.at("type"),
+                                        .name = call.at("function").at("name"),
+                                        .arguments = call.at("function").at("arguments")});
+      messages.push_back(std::move(message));
     }
-  if (messages.empty()) messages.push_back({"user", text});
+  } catch (const nlohmann::json::exception&) {
+    usage_error(fmt::format(
+        "message {} of the conversation: expected {{\"role\": text, \"content\": text}}",
+        messages.size()));
+  }
   return messages;
 }
 

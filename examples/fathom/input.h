@@ -17,7 +17,8 @@ std::string read_text(const std::string& path);
 // and `run --json` print it).  Leaves with kExitUsage for anything else.
 std::vector<int32_t> read_tokens(const std::string& path);
 
-// A JSON array of {role, content}; any other text is what one user says.
+// A JSON array of {role, content, tool_calls}, as chat interfaces exchange it; any other text is
+// what one user says.
 std::vector<fathom::ChatMessage> parse_conversation(const std::string& text);
 
 // The prompt's token ids.  Text gets the beginning-of-sentence token if the model's file says so.

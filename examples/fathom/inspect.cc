@@ -150,7 +150,8 @@ std::string to_table(const InspectArgs& args, const fathom::FileInfo& info,
   std::string text = fmt::format("{}: {}, {} bytes ({})\n", args.model, info.format,
                                  with_commas(info.total_bytes), human_bytes(info.total_bytes));
   if (info.has_config) {
-    for (const auto& [key, value] : config_json(info.config).items())
+    const Json config = config_json(info.config);
+    for (const auto& [key, value] : config.items())
       text += fmt::format("  {:<26} {}\n", key,
                           value.is_string() ? value.get<std::string>() : value.dump());
   }
