@@ -1,6 +1,5 @@
 """What goes wrong, and the exit code and message of each."""
 import json
-import os
 import unittest
 
 from cli import MODEL, Case, fathom
@@ -67,12 +66,10 @@ class ExitCodes(Case):
         self.refused(IO, ["none.txt"], "run", "-m", MODEL, "-f", self.folder / "none.txt")
         self.refused(IO, ["none"], "eval", "-m", MODEL, "-p", "x", "--logits", self.folder / "none/out.f32")
 
-    def test_unreadable_file(self):
-        if os.geteuid() == 0:
-            self.skipTest("root may read everything")
-        path = self.file("secret.gguf", b"GGUF")
-        path.chmod(0)
-        self.refused(IO, ["secret.gguf"], "plan", "-m", path)
+    def test_a_folder_is_no_file(self):
+        self.refused(IO, [str(self.folder)], "run", "-m", MODEL, "-f", self.folder)
+        self.refused(IO, [str(self.folder)], "inspect", "-m", MODEL, "--tensor", "output_norm.weight",
+                     "--out", self.folder)
 
     def test_bad_models(self):
         with open(MODEL, "rb") as file:
