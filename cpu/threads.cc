@@ -8,6 +8,7 @@
 #include <fmt/format.h>
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -63,7 +64,7 @@ struct alignas(64) ThreadPool::Worker {
   pthread_t thread{};
 };
 
-ThreadPool::ThreadPool(int n_threads) noexcept : size_(n_threads) {}
+ThreadPool::ThreadPool(int n_threads) noexcept : size_(n_threads), process_(getpid()) {}
 
 Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
   if (n_threads < 1 || n_threads > kMaxThreads)
@@ -97,6 +98,10 @@ Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
 }
 
 ThreadPool::~ThreadPool() {
+  if (getpid() != process_) {  // joining threads that this process never had would not end
+    (void)workers_.release();
+    return;
+  }
   ending_.store(true, std::memory_order_release);
   for (int i = 0; i < n_started_; ++i) {
     workers_[i].calls.fetch_add(1, std::memory_order_release);

@@ -19,6 +19,8 @@ namespace fathom::cpu {
 // Thread-safe: calls from several threads are served one at a time, in the order of their arrival.
 // A call made inside a task of the same pool runs all its tasks on the calling thread.
 // The pool must not be destroyed while a call is in progress.
+// In a child after fork() the threads are gone: calls run on their caller alone, and destruction
+// leaves the stacks behind.
 class ThreadPool {
  public:
   static constexpr int kMaxThreads = 1024;
@@ -59,6 +61,7 @@ class ThreadPool {
   static void* thread_main(void* worker) noexcept;
 
   const int size_;
+  const int process_;  // whose threads they are
   int n_started_ = 0;
   std::unique_ptr<Worker[]> workers_;  // [size_ - 1]
 

@@ -3,6 +3,8 @@
 #include "cpu/threads.h"
 
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <catch2/catch.hpp>
 #include <chrono>
@@ -133,6 +135,26 @@ TEST_CASE("a call inside a task runs its tasks on the calling thread") {
     pool->parallel_for(2, [&](int64_t, int) { ++crossed; });
   });
   CHECK(crossed == 12);
+}
+
+TEST_CASE("after fork() the child can use and destroy the pool, alone") {
+  auto pool = make_pool(3);
+  pool->parallel_for(8, [](int64_t, int) {});
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);  // a hang ends as a signal
+    int64_t sum = 0;
+    pool->parallel_for(100, [&](int64_t task, int) { sum += task; });
+    pool.reset();
+    _exit(sum == 4950 ? 0 : 1);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 0);
+  std::atomic<int64_t> total{0};
+  pool->parallel_for(100, [&](int64_t task, int) { total += task; });  // the parent's still works
+  CHECK(total == 4950);
 }
 
 TEST_CASE("a worker that is late is not waited for") {
