@@ -10,6 +10,7 @@
 #include "cpu/host_memory.h"
 #include "cpu/matmul.h"
 #include "cpu/matmul_kernels.h"
+#include "cpu/page_codec.h"
 #include "cpu/route.h"
 #include "cpu/rows.h"
 #include "cpu/rows_kernels.h"
@@ -152,6 +153,9 @@ void CpuBackend::rope(const OpContext&, const RopeParams& p) noexcept {
 }
 void CpuBackend::kv_append(const OpContext&, const KvAppendParams& p) noexcept {
   cpu::kv_append(context_, p);
+}
+void CpuBackend::kv_convert(const OpContext&, const KvConvertParams& p) noexcept {
+  convert_page(*context_.rows, p);
 }
 void CpuBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept {
   cpu::attend_absorbed(context_, op, p);

@@ -54,6 +54,7 @@ class CpuBackend final : public Backend {
   void rope_table(const OpContext&, const RopeTableParams&) noexcept override;
   void rope(const OpContext&, const RopeParams&) noexcept override;
   void kv_append(const OpContext&, const KvAppendParams&) noexcept override;
+  void kv_convert(const OpContext&, const KvConvertParams&) noexcept override;
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept override;
   void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept override;
   void route(const OpContext&, const RouteParams&) noexcept override;

@@ -69,7 +69,7 @@ RowType latent_row_type(KvType type) noexcept {
 }
 
 RowType rope_row_type(KvType type) noexcept {
-  return type == KvType::kF32 ? kRowF32 : type == KvType::kF16 ? kRowF16 : kRowBF16;
+  return type == KvType::kF32 ? kRowF32 : type == KvType::kBF16 ? kRowBF16 : kRowF16;
 }
 
 PageRun page_run(const KvRows& rows, int64_t row, int64_t max_rows) noexcept {
@@ -176,6 +176,50 @@ void decode_pages(const RowKernels& kernels, const KvRows& rows, int64_t first_r
                     .out = rope + done * rope_stride,
                     .out_stride = rope_stride});
     done += run.n_rows;
+  }
+}
+
+namespace {
+
+// One plane of a page, row by row.  A row is decoded whole before it is written, and is written at
+// or below where it was read, so nothing unread is overwritten.
+void convert_plane(const RowKernels& kernels, int64_t n_rows, int64_t n_cols, RowType from,
+                   const std::byte* src, int64_t src_row_bytes, RowType to, std::byte* dst,
+                   int64_t dst_row_bytes) noexcept {
+  if (from == to) {
+    std::memmove(dst, src, static_cast<size_t>(n_rows * src_row_bytes));
+    return;
+  }
+  float values[kKvMaxColumns];
+  for (int64_t row = 0; row < n_rows; ++row) {
+    kernels.decode({.type = from,
+                    .rows = src + row * src_row_bytes,
+                    .row_bytes = src_row_bytes,
+                    .n_rows = 1,
+                    .n_cols = n_cols,
+                    .out = values,
+                    .out_stride = n_cols});
+    for (int64_t first = 0; first < n_cols; first += kEncodeColumns)
+      encode_columns(kernels, to, values + first, first, std::min(kEncodeColumns, n_cols - first),
+                     n_cols, dst + row * dst_row_bytes);
+  }
+}
+
+}  // namespace
+
+void convert_page(const RowKernels& kernels, const KvConvertParams& p) noexcept {
+  const KvLayout& layout = p.layout;
+  auto* page = static_cast<std::byte*>(p.page);
+  for (int64_t slot = 0; slot < p.n_layers; ++slot) {
+    const std::byte* src = page + slot * layout.layer_bytes(p.from);
+    std::byte* dst = page + slot * layout.layer_bytes(p.to);
+    convert_plane(kernels, layout.page_tokens, layout.kv_lora_rank, latent_row_type(p.from), src,
+                  layout.latent_row_bytes(p.from), latent_row_type(p.to), dst,
+                  layout.latent_row_bytes(p.to));
+    convert_plane(kernels, layout.page_tokens, layout.qk_rope_head_dim, rope_row_type(p.from),
+                  src + layout.rope_plane_offset(p.from), layout.rope_row_bytes(p.from),
+                  rope_row_type(p.to), dst + layout.rope_plane_offset(p.to),
+                  layout.rope_row_bytes(p.to));
   }
 }
 

@@ -6,12 +6,13 @@
 #include <cstdint>
 
 #include "cpu/rows_kernels.h"
+#include "fathom/backend.hpp"
 #include "fathom/kv_page.hpp"
 
 namespace fathom::cpu {
 
 RowType latent_row_type(KvType) noexcept;
-// The RoPE columns of a page: f32, f16 or bf16.
+// The RoPE columns of a page: f32, bf16 or f16.
 RowType rope_row_type(KvType) noexcept;
 
 // The longest run of rows from `row` on, at most max_rows, that lies in one page.
@@ -42,5 +43,8 @@ void decode_row(RowType type, const std::byte* row, int64_t n_cols, float* out) 
 // latent_stride], RoPE columns to rope[i * rope_stride].
 void decode_pages(const RowKernels& kernels, const KvRows& rows, int64_t first_row, int64_t n_rows,
                   float* latent, int64_t latent_stride, float* rope, int64_t rope_stride) noexcept;
+
+// Rewrites a page in place in a smaller type.
+void convert_page(const RowKernels& kernels, const KvConvertParams&) noexcept;
 
 }  // namespace fathom::cpu

@@ -132,6 +132,15 @@ struct KvAppendParams {
   KvRows rows;
 };
 
+// Rewrites a page in place in a type of no more bytes per row (the RoPE columns too): rows of all
+// layers, whether written or not.
+struct KvConvertParams {
+  void* page;
+  KvLayout layout;
+  int64_t n_layers;
+  KvType from, to;  // row bytes of `to` <= those of `from`
+};
+
 // Attention of queries t (session position first_position + t) over the rows of `rows`, causal: a
 // query sees rows <= its position.  Online softmax over three arrays of running state, so that the
 // rows may be handed in several calls (pages that stream in, parts on other devices): `begin`
@@ -267,6 +276,7 @@ class Backend {
   virtual void rope_table(const OpContext&, const RopeTableParams&) noexcept = 0;
   virtual void rope(const OpContext&, const RopeParams&) noexcept = 0;
   virtual void kv_append(const OpContext&, const KvAppendParams&) noexcept = 0;
+  virtual void kv_convert(const OpContext&, const KvConvertParams&) noexcept = 0;
   virtual void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept = 0;
   virtual void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept = 0;
   virtual void route(const OpContext&, const RouteParams&) noexcept = 0;

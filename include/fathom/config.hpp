@@ -39,6 +39,11 @@ struct Config {
   // exact, else f16 (latents are normed, so its range suffices, and it keeps 8 times the precision
   // of bf16 in the same bytes).  Bytes per token follow it.
   std::optional<KvType> kv_type;
+  // kv.recent_16bit, kv.first_16bit: with kv.type fp8, q8_0 or q4_0, pages that hold one of the last
+  // or first so many tokens stay in f16; a page is rewritten in kv.type when it leaves the window.
+  // The window is at least prefill.chunk.  Default 0: all pages are written in kv.type at once.
+  int64_t kv_recent_16bit = 0;
+  int64_t kv_first_16bit = 0;
   // kv.page_tokens: tokens per page, a power of two in [16, 4096].  auto: 64 or what makes a page
   // about 2 MiB.
   std::optional<int64_t> kv_page_tokens;

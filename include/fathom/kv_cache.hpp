@@ -19,7 +19,7 @@ class EngineState;
 }
 
 struct KVCacheOptions {
-  KvType type = KvType::kBF16;
+  KvPolicy policy;
   KvLayout layout;
   std::vector<int64_t> layers_on_device;  // [n_devices] layers whose rows live there
   int64_t max_tokens = 0;                 // addresses are reserved for so many
@@ -39,9 +39,9 @@ class KVCache {
   int64_t page_tokens() const noexcept;
   int64_t size_bytes() const noexcept;  // committed, all devices
 
-  // Makes room for `n_tokens` tokens in all.  Either all pages are mapped on all devices or
-  // nothing changes.  Errors: kContextFull beyond max_tokens, kBudget (needed and available
-  // bytes), kMemory.  Cost: O(new pages).
+  // Makes room for `n_tokens` tokens in all; pages that this makes cold are rewritten first. Either
+  // all pages are mapped on all devices or none is added.  Errors: kContextFull beyond max_tokens,
+  // kBudget (needed and available bytes), kMemory.  Cost: O(new pages).
   Status reserve(int64_t n_tokens);
   // Says that the rows up to `n_tokens` are written now; n_tokens() <= n_tokens <= capacity.
   void commit_rows(int64_t n_tokens) noexcept;

@@ -13,7 +13,7 @@
 //
 // Latent row by type: f32, bf16, f16: the values.  f8: ceil(r/128) f32 scales, then r E4M3 codes.
 // q8_0, q4_0: ceil(r/32) ggml blocks (34 or 18 bytes), the last one padded with zeros.
-// The RoPE columns stay in 16 bits (f32 pages: f32; f16 pages: f16; all others: bf16), since they
+// The RoPE columns stay in 16 bits (f32 pages: f32; bf16 pages: bf16; all others: f16), since they
 // carry position and are small.
 #pragma once
 
@@ -37,6 +37,9 @@ inline constexpr int64_t kKvSplitRows = 512;
 // Rows that a kernel treats as one tile; page_tokens is a multiple of it.
 inline constexpr int64_t kKvTileRows = 16;
 
+// Latent or RoPE columns of a row are at most this many (checked when a configuration is read).
+inline constexpr int64_t kKvMaxColumns = 8192;
+
 struct KvLayout {
   int64_t page_tokens = 0;
   int64_t kv_lora_rank = 0;
@@ -45,12 +48,17 @@ struct KvLayout {
   constexpr int64_t latent_row_bytes(KvType type) const noexcept {
     const int64_t r = kv_lora_rank;
     switch (type) {
-      case KvType::kF32: return r * 4;
+      case KvType::kF32:
+        return r * 4;
       case KvType::kBF16:
-      case KvType::kF16: return r * 2;
-      case KvType::kF8: return (r + kKvF8ScaleColumns - 1) / kKvF8ScaleColumns * 4 + r;
-      case KvType::kQ8_0: return (r + 31) / 32 * 34;
-      case KvType::kQ4_0: return (r + 31) / 32 * 18;
+      case KvType::kF16:
+        return r * 2;
+      case KvType::kF8:
+        return (r + kKvF8ScaleColumns - 1) / kKvF8ScaleColumns * 4 + r;
+      case KvType::kQ8_0:
+        return (r + 31) / 32 * 34;
+      case KvType::kQ4_0:
+        return (r + 31) / 32 * 18;
     }
     return 0;
   }
@@ -66,6 +74,37 @@ struct KvLayout {
   }
   constexpr int64_t page_bytes(KvType type, int64_t n_layers) const noexcept {
     return n_layers * layer_bytes(type);
+  }
+};
+
+// Which pages of a session have which type.  Pages that hold one of the first `first_tokens` or of
+// the last `recent_tokens` tokens are hot and stay in hot_type; all others are cold and have
+// `type`. A page is written hot and rewritten when it becomes cold.  Both 0: every page has `type`.
+struct KvPolicy {
+  KvType type = KvType::kF16;
+  KvType hot_type = KvType::kF16;
+  int64_t page_tokens = 64;
+  int64_t first_tokens = 0, recent_tokens = 0;
+
+  constexpr int64_t pages_for(int64_t n_tokens) const noexcept {
+    return (n_tokens + page_tokens - 1) / page_tokens;
+  }
+  // Pages [first_cold_page(), cold_end(n)) are cold when the session holds n tokens.
+  constexpr int64_t first_cold_page() const noexcept { return pages_for(first_tokens); }
+  constexpr int64_t cold_end(int64_t n_tokens) const noexcept {
+    const int64_t old = n_tokens - recent_tokens;
+    const int64_t end = recent_tokens == 0 ? pages_for(n_tokens) : old > 0 ? old / page_tokens : 0;
+    return end > first_cold_page() ? end : first_cold_page();
+  }
+  constexpr KvType new_page_type(int64_t page) const noexcept {
+    return recent_tokens > 0 || page < first_cold_page() ? hot_type : type;
+  }
+  // Bytes of a session's pages at n tokens, given those of a cold and of a hot page.
+  constexpr int64_t bytes(int64_t n_tokens, int64_t cold_page_bytes,
+                          int64_t hot_page_bytes) const noexcept {
+    const int64_t pages = pages_for(n_tokens), first = first_cold_page(), end = cold_end(n_tokens);
+    const int64_t cold = pages > first ? (end < pages ? end : pages) - first : 0;
+    return cold * cold_page_bytes + (pages - cold) * hot_page_bytes;
   }
 };
 

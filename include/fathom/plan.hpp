@@ -36,6 +36,7 @@ struct PlanDevice {
   int64_t granularity = 1;   // commits are multiples of it
   int64_t first_layer = 0, n_layers = 0;  // the contiguous layers that live here
   int64_t kv_page_bytes = 0;              // committed per page of one session
+  int64_t kv_hot_page_bytes = 0;          // the same for pages that the policy keeps in 16 bits
   int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
   // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
   std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
@@ -74,7 +75,8 @@ struct Plan {
   int64_t max_context = 0;      // tokens per session
   int64_t prefill_chunk = 0;    // tokens
   AttentionForm attention_form = AttentionForm::kExpanded;  // for full chunks
-  KvType kv_type = KvType::kBF16;
+  KvType kv_type = KvType::kF16;
+  KvPolicy kv_policy;           // which pages have kv_type
   int64_t kv_page_tokens = 0;
   int64_t kv_bytes_per_token = 0;  // all layers, without page rounding
 
@@ -91,8 +93,8 @@ struct Plan {
 
   // Cache bytes of one session with `n_tokens` tokens on a device: whole pages.
   int64_t kv_bytes(int device, int64_t n_tokens) const noexcept {
-    const int64_t pages = (n_tokens + kv_page_tokens - 1) / kv_page_tokens;
-    return pages * devices[static_cast<size_t>(device)].kv_page_bytes;
+    const PlanDevice& d = devices[static_cast<size_t>(device)];
+    return kv_policy.bytes(n_tokens, d.kv_page_bytes, d.kv_hot_page_bytes);
   }
   std::string to_json() const;
   // A table for people: device, purpose, phases, GiB; then what binds and the alternatives.

@@ -46,6 +46,7 @@ class MeasuringBackend final : public Backend {
   void rope_table(const OpContext&, const RopeTableParams&) noexcept override {}
   void rope(const OpContext&, const RopeParams&) noexcept override {}
   void kv_append(const OpContext&, const KvAppendParams&) noexcept override {}
+  void kv_convert(const OpContext&, const KvConvertParams&) noexcept override {}
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override {
     see(p);
   }

@@ -140,6 +140,10 @@ Status Config::validate() const {
     return conflict("context.reserve",
                     fmt::format("context.reserve = {} is more than context.max = {}",
                                 context_reserve, *context_max));
+  if (kv_recent_16bit > 0 && prefill_chunk && *prefill_chunk > kv_recent_16bit)
+    return conflict("kv.recent_16bit",
+                    fmt::format("kv.recent_16bit = {} is less than prefill.chunk = {}",
+                                kv_recent_16bit, *prefill_chunk));
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(devices));
   for (const auto& [name, bytes] : budget)
     if (name != "host" && std::find(names.begin(), names.end(), name) == names.end())

@@ -199,6 +199,21 @@ constexpr Setting kSettings[] = {
          .memory = "bytes per token of the cache: f32 4, bf16 and f16 2, fp8 and q8_0 about 1, "
                    "q4_0 about 0.6 per latent value",
          .text = "Type of the cached latent columns; auto: f32 with numerics exact, else f16."}),
+    row<&Config::kv_recent_16bit>(
+        {.key = "kv.recent_16bit",
+         .unit = "tokens",
+         .max = kMaxTokens,
+         .memory = "pages with one of the last so many tokens take 16 bits per value whatever "
+                   "kv.type is",
+         .text = "Tokens at the end whose pages stay in f16 and are rewritten in kv.type when they "
+                 "leave the window; at least prefill.chunk; 0: none."}),
+    row<&Config::kv_first_16bit>(
+        {.key = "kv.first_16bit",
+         .unit = "tokens",
+         .max = kMaxTokens,
+         .memory = "pages with one of the first so many tokens take 16 bits per value whatever "
+                   "kv.type is",
+         .text = "Tokens at the beginning whose pages stay in f16; 0: none."}),
     row<&Config::kv_page_tokens>(
         {.key = "kv.page_tokens",
          .unit = "tokens",

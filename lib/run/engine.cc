@@ -4,26 +4,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <set>
 
+#include "config_schema.h"
 #include "engine_state.h"
 #include "planner.h"
 
 namespace fathom {
 namespace {
-
-std::vector<std::string> split_names(std::string_view list) {
-  std::vector<std::string> names;
-  while (!list.empty()) {
-    const size_t comma = list.find(',');
-    std::string_view name = list.substr(0, comma);
-    while (!name.empty() && name.front() == ' ') name.remove_prefix(1);
-    while (!name.empty() && name.back() == ' ') name.remove_suffix(1);
-    names.emplace_back(name);
-    list = comma == std::string_view::npos ? "" : list.substr(comma + 1);
-  }
-  return names;
-}
 
 // "cpu" or "cpu:N".
 bool is_cpu_name(std::string_view name) {
@@ -34,25 +21,12 @@ bool is_cpu_name(std::string_view name) {
 
 Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
   FATHOM_TRY(config.validate());
-  const std::vector<std::string> names = split_names(config.devices);
-  if (names.empty())
-    return Status(Code::kConfig, "devices: no device is named; the default is \"cpu\"")
-        .about("devices");
-  std::set<std::string> seen;
-  for (const std::string& name : names) {
+  FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
+  for (const std::string& name : names)
     if (!is_cpu_name(name))
       return Status(Code::kUnsupported,
                     fmt::format("devices: \"{}\" is not a device of this build (cpu, cpu:N)", name))
           .about("devices");
-    if (!seen.insert(name).second)
-      return Status(Code::kConfig, fmt::format("devices: \"{}\" is named twice", name))
-          .about("devices");
-  }
-  for (const auto& [name, bytes] : config.budget)
-    if (name != "host" && !seen.count(name))
-      return Status(Code::kConfig, fmt::format("budget.{}: devices ({}) has no device of this name",
-                                               name, config.devices))
-          .about("budget." + name);
 
   std::vector<std::unique_ptr<Backend>> devices;
   for (const std::string& name : names) {

@@ -34,6 +34,19 @@ int64_t auto_page_tokens(const ModelConfig& c, KvType type) {
   return tokens;
 }
 
+// The chunk to begin with.  A window of recent 16-bit pages holds at least a chunk, so that what is
+// cold depends on the number of tokens alone and not on how they were cut.
+int64_t default_chunk(const Config& config, int64_t context) {
+  const int64_t window = config.kv_recent_16bit > 0 ? config.kv_recent_16bit : kDefaultChunk;
+  return std::min({kDefaultChunk, context, window});
+}
+
+// Pages that a policy keeps in 16 bits are f16, or what they would be anyway if that is larger.
+KvType hot_type(KvType type) {
+  const bool smaller = type == KvType::kF8 || type == KvType::kQ8_0 || type == KvType::kQ4_0;
+  return smaller ? KvType::kF16 : type;
+}
+
 }  // namespace
 
 SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
@@ -124,6 +137,11 @@ Result<Plan> Planner::plan_once(const Config& config) const {
       config.kv_type.value_or(config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kF16);
   plan.kv_page_tokens = config.kv_page_tokens.value_or(auto_page_tokens(c, plan.kv_type));
   const KvLayout layout = layout_of(plan);
+  plan.kv_policy = {.type = plan.kv_type,
+                    .hot_type = hot_type(plan.kv_type),
+                    .page_tokens = plan.kv_page_tokens,
+                    .first_tokens = config.kv_first_16bit,
+                    .recent_tokens = config.kv_recent_16bit};
   plan.kv_bytes_per_token = c.num_hidden_layers * (layout.latent_row_bytes(plan.kv_type) +
                                                    layout.rope_row_bytes(plan.kv_type));
 
@@ -186,8 +204,11 @@ Status Planner::place_layers(const Config& config, Plan& plan) const {
     end = d == n_devices - 1 ? n_layers : std::clamp(end, first + 1, n_layers - left);
     device.first_layer = first;
     device.n_layers = end - first;
-    device.kv_page_bytes = committed_bytes(
-        layout_of(plan).page_bytes(plan.kv_type, device.n_layers), device.granularity);
+    const auto page_bytes = [&](KvType type) {
+      return committed_bytes(layout_of(plan).page_bytes(type, device.n_layers), device.granularity);
+    };
+    device.kv_page_bytes = page_bytes(plan.kv_type);
+    device.kv_hot_page_bytes = page_bytes(plan.kv_policy.hot_type);
     first = end;
   }
   return {};
@@ -274,7 +295,8 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   // chunk, which only costs speed, is made smaller for its sake.
   const int64_t wanted = config.context_max.value_or(std::min<int64_t>(trained, 8192));
 
-  int64_t chunk = config.prefill_chunk.value_or(std::min(kDefaultChunk, limit));
+  const int64_t most = default_chunk(config, limit);
+  int64_t chunk = config.prefill_chunk.value_or(most);
   int64_t context = 0;
   for (;;) {
     set_scratch(plan, map, chunk);
@@ -286,7 +308,7 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
     // Even the smallest chunk leaves less than was hoped for: take the largest chunk that keeps
     // nearly all of it.
     const int64_t best = context;
-    for (chunk = std::min(kDefaultChunk, limit); chunk > 1; chunk /= 2) {
+    for (chunk = most; chunk > 1; chunk /= 2) {
       set_scratch(plan, map, chunk);
       context = longest_context(plan, limit);
       if (context >= best - best / 8) break;
@@ -299,9 +321,8 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   if (!plan.feasible) name_what_binds(plan);
 
   if (!config.prefill_chunk)
-    plan.remarks.push_back(fmt::format(
-        "prefill.chunk: {} chosen{}", chunk,
-        chunk < std::min(kDefaultChunk, limit) ? " (smaller, so that the context fits)" : ""));
+    plan.remarks.push_back(fmt::format("prefill.chunk: {} chosen{}", chunk,
+                                       chunk < most ? " (smaller, so that the context fits)" : ""));
   if (!config.context_max)
     plan.remarks.push_back(
         context == trained

@@ -27,8 +27,10 @@ class RunControl {
     return {};
   }
   bool past_deadline() const noexcept {
-    return options_.deadline_ms > 0 && std::chrono::steady_clock::now() - start_ >=
-                                           std::chrono::milliseconds(options_.deadline_ms);
+    if (options_.deadline_ms <= 0) return false;
+    const auto elapsed = std::chrono::steady_clock::now() - start_;
+    return std::chrono::duration_cast<std::chrono::milliseconds>(elapsed).count() >=
+           options_.deadline_ms;
   }
   // For nn::forward(): asked between layers.
   static bool cancelled(void* self) noexcept {

@@ -110,7 +110,7 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
       return Status(Code::kInvalidArgument, fmt::format("reserve_tokens {} is not in [0, {}]",
                                                         options.reserve_tokens, max_tokens));
     KVCacheOptions cache_options{
-        .type = plan.kv_type,
+        .policy = plan.kv_policy,
         .layout = {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
         .layers_on_device = {},
         .max_tokens = max_tokens};
@@ -165,19 +165,19 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
                                 s.n_tokens, s.cache.max_tokens()));
     const int64_t chunk = options.chunk > 0 ? options.chunk : planned;
     const run::RunControl control(options);
-    const auto start = std::chrono::steady_clock::now();
 
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
     for (int64_t done = 0; done < total;) {
       const int64_t n = std::min(chunk, total - done);
+      const auto chunk_start = std::chrono::steady_clock::now();
       FATHOM_TRY(s.pass(tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n)),
                         s.form_of(n), control, options, /*want_logits=*/done + n == total));
       done += n;
       s.times.prefill_tokens += n;
+      s.times.prefill_seconds += run::seconds_since(chunk_start);
       if (done < total || options.progress)
         FATHOM_TRY(control.check(ProgressPhase::kPrefill, done, total));
     }
-    s.times.prefill_seconds += run::seconds_since(start);
     return {};
   });
 }

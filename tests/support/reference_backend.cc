@@ -5,6 +5,7 @@
 #include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -189,6 +190,10 @@ class ReferenceBackend final : public Backend {
       for (size_t c = 0; c < rope.size(); ++c)
         write_value(row.rope, static_cast<int64_t>(c), row.type, rope[c]);
     }
+  }
+
+  void kv_convert(const OpContext&, const KvConvertParams&) noexcept override {
+    std::abort();  // the reference has unquantised rows only
   }
 
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override {
