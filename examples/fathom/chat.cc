@@ -106,7 +106,8 @@ class Chat {
     while (common < held.size() && common + 1 < ids.size() && held[common] == ids[common]) ++common;
     FATHOM_TRY(session_.truncate(static_cast<int64_t>(common)));
     detail(fmt::format("kept {} tokens, prefilling {}", common, ids.size() - common));
-    return prefill(session_, std::span(ids).subspan(common));
+    constexpr size_t kLong = 512;  // turns below it are read at once: a bar would only flicker
+    return prefill(session_, std::span(ids).subspan(common), 0, kLong);
   }
 
   void turn(const std::string& line) {

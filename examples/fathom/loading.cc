@@ -74,16 +74,17 @@ Loaded load_model(const std::string& model_path, const fathom::Config& config,
 }
 
 fathom::Status prefill(fathom::Session& session, std::span<const int32_t> tokens,
-                       int64_t deadline_ms) {
+                       int64_t deadline_ms, size_t bar_from) {
   Progress bar("prefill", Progress::Unit::kTokens,
                [&session] { return "KV " + human_bytes(session.cache().size_bytes()); });
   fathom::RunOptions options;
   options.cancel = &cancel_token();
   options.deadline_ms = deadline_ms;
-  options.progress = [&bar](fathom::ProgressPhase, int64_t done, int64_t total) {
-    bar.update(done, total);
-    return true;
-  };
+  if (tokens.size() >= bar_from)
+    options.progress = [&bar](fathom::ProgressPhase, int64_t done, int64_t total) {
+      bar.update(done, total);
+      return true;
+    };
   return session.prefill(tokens, options);
 }
 

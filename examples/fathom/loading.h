@@ -32,8 +32,10 @@ fathom::Plan make_plan(const fathom::Engine&, const std::string& model_path, con
 // Plans and loads, with progress.  An infeasible plan is shown and leaves with kExitInfeasible.
 Loaded load_model(const std::string& model_path, const fathom::Config&, const ConfigFlags& flags);
 
-// Prefills with progress and cancellation; `deadline_ms` as in RunOptions.
-fathom::Status prefill(fathom::Session&, std::span<const int32_t> tokens, int64_t deadline_ms = 0);
+// Prefills with cancellation, and with progress when there are at least `bar_from` tokens;
+// `deadline_ms` as in RunOptions.
+fathom::Status prefill(fathom::Session&, std::span<const int32_t> tokens, int64_t deadline_ms = 0,
+                       size_t bar_from = 0);
 
 // {planned_peak_bytes, ledger_peak_bytes, rss_peak_bytes, purposes{name: {peak, planned}}}
 Json memory_json(const fathom::Engine&, const fathom::Plan&);

@@ -234,7 +234,7 @@ class Signals(Case):
         os.close(write_end)
         end = time.monotonic() + TIMEOUT_S
         held = array.array("i", [0])
-        while held[0] < 4000 and time.monotonic() < end:
+        while held[0] < 4000 and process.poll() is None and time.monotonic() < end:
             fcntl.ioctl(read_end, termios.FIONREAD, held)
             time.sleep(0.02)
         time.sleep(0.3)
@@ -276,7 +276,7 @@ class Signals(Case):
         self.assertIn("planned peak", err)
 
     def test_deadline(self):
-        r = fathom("run", "-m", MODEL, "-p", STORY, "-n", 20000, "--ignore-eos", "--deadline", 1.5, "--json")
+        r = fathom("run", "-m", MODEL, "-p", STORY, "-n", 30000, "--ignore-eos", "-t", 1, "--deadline", 1, "--json")
         self.assertEqual(r.code, 8, r.err)
         self.assertEqual(r.json()["stop_reason"], "deadline")
 
