@@ -370,10 +370,8 @@ TEST_CASE("hostile GGUF: embeddings that do not fit") {
 
 TEST_CASE("products of values in their bounds may still be too large") {
   RawGguf f = small_gguf();
-  f.set_u32("deepseek2.attention.head_count", 4096);
-  f.set_u32("deepseek2.attention.kv_lora_rank", 1 << 20);
-  f.set_u32("deepseek2.attention.key_length", (1 << 20) + 2);
-  f.set_u32("deepseek2.attention.value_length", 1 << 20);
+  f.set_u32("deepseek2.expert_shared_count", 4096);
+  f.set_u32("deepseek2.expert_feed_forward_length", 1 << 20);
   check("", TensorFile::parse_gguf(source_of(f.bytes())).status(), Code::kFormat,
-        "num_attention_heads");
+        "n_shared_experts");
 }

@@ -4,6 +4,7 @@
 #include <span>
 #include <string_view>
 
+#include "fathom/kv_page.hpp"
 #include "fathom/model_config.hpp"
 #include "fathom/status.hpp"
 #include "gguf_header.h"
@@ -36,7 +37,8 @@ inline constexpr int64_t kVocab = int64_t{1} << 24;
 inline constexpr int64_t kWidth = int64_t{1} << 20;  // hidden and intermediate sizes, ranks
 inline constexpr int64_t kLayers = 4096;
 inline constexpr int64_t kHeads = 4096;
-inline constexpr int64_t kHeadDim = 65'536;
+inline constexpr int64_t kHeadDim = kKvMaxColumns;    // kernels keep a row on the stack
+inline constexpr int64_t kKvColumns = kKvMaxColumns;
 inline constexpr int64_t kExperts = 4096;  // backends keep the scores of a token on the stack
 inline constexpr int64_t kContext = int64_t{1} << 31;
 inline constexpr double kSmallEps = 1e-12, kLargeEps = 0.1;

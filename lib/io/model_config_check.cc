@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "checked.h"
-#include "fathom/kv_page.hpp"
 #include "model_config.h"
 
 namespace fathom::io {
@@ -47,12 +46,6 @@ Status check_router(const ModelConfig& c) {
 }  // namespace
 
 Status check_config(const ModelConfig& c) {
-  if (c.kv_lora_rank > kKvMaxColumns)
-    return bad("kv_lora_rank", fmt::format("kv_lora_rank is {}, must be at most {}",
-                                           c.kv_lora_rank, kKvMaxColumns));
-  if (c.qk_rope_head_dim > kKvMaxColumns)
-    return bad("qk_rope_head_dim", fmt::format("qk_rope_head_dim is {}, must be at most {}",
-                                               c.qk_rope_head_dim, kKvMaxColumns));
   if (c.qk_rope_head_dim % 2 != 0)
     return bad("qk_rope_head_dim",
                fmt::format("qk_rope_head_dim is {}, must be even", c.qk_rope_head_dim));

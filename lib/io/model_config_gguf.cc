@@ -96,7 +96,7 @@ Status read_sizes(const Keys& keys, std::span<const TensorInfo> tensors, ModelCo
 
 Status read_attention(const Keys& keys, ModelConfig* c) {
   FATHOM_TRY_ASSIGN(c->q_lora_rank, keys.integer_or("attention.q_lora_rank", 0, 0, bound::kWidth));
-  FATHOM_TRY_ASSIGN(c->kv_lora_rank, keys.integer("attention.kv_lora_rank", 1, bound::kWidth));
+  FATHOM_TRY_ASSIGN(c->kv_lora_rank, keys.integer("attention.kv_lora_rank", 1, bound::kKvColumns));
   FATHOM_TRY_ASSIGN(c->qk_rope_head_dim, keys.integer("rope.dimension_count", 2, bound::kHeadDim));
   const bool is_new = keys.has("attention.key_length_mla");
   const char* key_length = is_new ? "attention.key_length_mla" : "attention.key_length";

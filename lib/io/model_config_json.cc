@@ -97,7 +97,7 @@ Status read_sizes(JsonValue root, ModelConfig* c) {
 
 Status read_attention(JsonValue root, ModelConfig* c) {
   FATHOM_TRY_ASSIGN(c->q_lora_rank, json_integer_or(root, "q_lora_rank", 0, 0, bound::kWidth));
-  FATHOM_TRY_ASSIGN(c->kv_lora_rank, json_integer(root, "kv_lora_rank", 1, bound::kWidth));
+  FATHOM_TRY_ASSIGN(c->kv_lora_rank, json_integer(root, "kv_lora_rank", 1, bound::kKvColumns));
   FATHOM_TRY_ASSIGN(c->qk_nope_head_dim,
                     json_integer(root, "qk_nope_head_dim", 1, bound::kHeadDim));
   FATHOM_TRY_ASSIGN(c->qk_rope_head_dim,
