@@ -232,12 +232,16 @@ class Signals(Case):
         process = subprocess.Popen(self.ENDLESS, stdin=subprocess.DEVNULL, stdout=write_end,
                                    stderr=subprocess.DEVNULL, env=environment())
         os.close(write_end)
-        end = time.monotonic() + TIMEOUT_S
-        held = array.array("i", [0])
-        while held[0] < 4000 and process.poll() is None and time.monotonic() < end:
+        # The pipe is full when it is nearly so and nothing has come for two seconds.
+        held, before, since = array.array("i", [0]), -1, time.monotonic()
+        end = since + TIMEOUT_S
+        while process.poll() is None and time.monotonic() < end:
             fcntl.ioctl(read_end, termios.FIONREAD, held)
+            if held[0] != before:
+                before, since = held[0], time.monotonic()
+            if held[0] > 4000 and time.monotonic() - since > 2:
+                break
             time.sleep(0.02)
-        time.sleep(0.3)
         process.send_signal(signal.SIGINT)
         time.sleep(0.3)
         self.assertIsNone(process.poll())
