@@ -44,8 +44,9 @@ class CancelToken {
   std::atomic<bool> requested_{false};
 };
 
-enum class ProgressPhase : uint8_t { kLoad, kPrefill, kGenerate };
-// done and total in bytes (load) or tokens.  Returning false stops the call with kCancelled.
+enum class ProgressPhase : uint8_t { kLoad, kPrefill, kGenerate, kSave, kRestore };
+// done and total in tokens (prefill, generate) or bytes (load, save, restore).  Returning false
+// stops the call with kCancelled.
 using ProgressFunction = std::function<bool(ProgressPhase phase, int64_t done, int64_t total)>;
 
 // Taken by every long call.

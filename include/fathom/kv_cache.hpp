@@ -43,6 +43,10 @@ class KVCache {
   // all pages are mapped on all devices or none is added.  Errors: kContextFull beyond max_tokens,
   // kBudget (needed and available bytes), kMemory.  Cost: O(new pages).
   Status reserve(int64_t n_tokens);
+  // Makes room for one page more, in the type in which its rows were saved: the policy's type, or
+  // hot_type where it has hot pages.  Errors: kContextFull, kMismatch (names the types), kBudget,
+  // kMemory; then no page is added.
+  Status add_page(KvType type);
   // Says that the rows up to `n_tokens` are written now; n_tokens() <= n_tokens <= capacity.
   void commit_rows(int64_t n_tokens) noexcept;
   // Forgets rows from `n_tokens` on and returns the pages that hold no row to the system, but for

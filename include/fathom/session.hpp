@@ -4,10 +4,16 @@
 //   session->prefill(ids);
 //   session->generate({.max_new_tokens = 200}, [](const GeneratedToken& t) { print(t.text); return true; });
 //
+// A session can be saved and restored, in another process and on other devices too:
+//
+//   session->save("chat.session");
+//   auto again = Session::restore(*model, "chat.session");      // continues with the same bits
+//
 // One thread at a time; different sessions of a model may run at once.  A failed call leaves the
 // session as it was, but for prefill, which keeps whole finished chunks (n_tokens() says where).
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -74,6 +80,12 @@ struct SessionTimes {
   double prefill_seconds = 0, decode_seconds = 0;
 };
 
+// Storage of the host's own.  A write function takes the next bytes of a saved session, a read
+// function fills `out` from byte `offset` of one; offsets rise without gaps.  At most 64 KiB at a
+// time.  What either returns as an error is what save_to or restore_from returns.
+using WriteFunction = std::function<Status(std::span<const std::byte> bytes)>;
+using ReadFunction = std::function<Status(int64_t offset, std::span<std::byte> out)>;
+
 class Session {
  public:
   // Takes activations and workspace for the plan's chunk.  Errors: kBudget, kMemory,
@@ -107,6 +119,34 @@ class Session {
   Status truncate(int64_t n_tokens);
   // Takes cache memory for `n_tokens` tokens in all now.  Errors: kContextFull, kBudget, kMemory.
   Status reserve(int64_t n_tokens);
+
+  // Writes the session to one file: tokens, logits, and the cache's rows in the types they have.
+  // Cost: one pass over the rows in use; 64 KiB of memory.  Progress (kSave, bytes) and
+  // cancellation as in `options`; chunk and on_logits have no meaning here.
+  //
+  // The file is written beside its place, synced and renamed: at every moment `path` is the old
+  // file or the whole new one, and on any error the old one.  What a killed save to the same path
+  // left beside it is removed.  Readable by this user alone: it holds the text.  Two savers at once
+  // each write a whole file; the later rename stays.  Errors: kInvalidArgument (a symbolic link,
+  // folder or device stands there), kNotFound (no such folder), kIo with errno, kCancelled,
+  // kDevice.
+  Status save(const std::string& path, const RunOptions& options = {}) const;
+  // The same bytes to a function of the host.
+  Status save_to(const WriteFunction& write, const RunOptions& options = {}) const;
+
+  // A new session that goes on where the saved one was, with the same bits.  Threads, devices, page
+  // size and context limit may be others; times and events start anew.  A sampler's state is not
+  // part of a session.
+  //
+  // A file is believed in nothing: a bad one gives an error and leaves nothing behind.  Errors:
+  // kNotFound, kIo; kFormat (offset and field), kChecksum (a damaged byte), kVersion (saved by a
+  // newer library); kMismatch (another model file, layer count, kv.type: the message names both);
+  // kContextFull (more tokens than options.max_tokens); kBudget, kMemory; kCancelled.
+  static Result<Session> restore(const Model& model, const std::string& path,
+                                 const SessionOptions& options = {}, const RunOptions& run = {});
+  static Result<Session> restore_from(const Model& model, const ReadFunction& read,
+                                      int64_t size_bytes, const SessionOptions& options = {},
+                                      const RunOptions& run = {});
 
   const KVCache& cache() const noexcept;
   const Model& model() const noexcept;

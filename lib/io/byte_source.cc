@@ -1,5 +1,5 @@
 // The two byte sources: a regular file read with pread, and memory.  The operating system's file
-// interface appears here and nowhere else in lib/io.
+// interface appears here and in replace_file.cc, and nowhere else in lib/io.
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/stat.h>

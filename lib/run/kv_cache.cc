@@ -32,11 +32,20 @@ struct KVCache::State {
     return run::committed_bytes(options.layout.page_bytes(type, device.n_layers),
                                 device.backend->granularity());
   }
-  Status map_page(Device& device) {
-    const KvType type = options.policy.new_page_type(n_pages);
+  Status map_page(Device& device, KvType type) {
     const int64_t at = n_pages * device.slot_bytes;
     FATHOM_TRY(device.pages.commit(at, page_bytes(device, type)));
     device.table[n_pages] = {device.pages.data() + at, type};
+    return {};
+  }
+  // The next page on every device, or nothing.
+  Status add_page(KvType type) {
+    for (size_t d = 0; d < devices.size(); ++d)
+      if (Status status = map_page(devices[d], type); !status.ok()) {
+        for (size_t undo = 0; undo < d; ++undo) unmap_page(devices[undo], n_pages);
+        return status;
+      }
+    ++n_pages;
     return {};
   }
   void unmap_page(Device& device, int64_t page) noexcept {
@@ -121,21 +130,31 @@ Status KVCache::reserve(int64_t n_tokens) {
                                                   n_tokens, max_tokens()));
   const int64_t before = s.n_pages, wanted = s.options.policy.pages_for(n_tokens);
   s.settle(n_tokens);
-  while (s.n_pages < wanted) {
-    for (size_t d = 0; d < s.devices.size(); ++d) {
-      Status status = s.map_page(s.devices[d]);
-      if (status.ok()) continue;
-      // All or nothing: the devices that already have this page, then the whole pages before it.
-      for (size_t undo = 0; undo < d; ++undo) s.unmap_page(s.devices[undo], s.n_pages);
+  while (s.n_pages < wanted)
+    if (Status status = s.add_page(s.options.policy.new_page_type(s.n_pages)); !status.ok()) {
       while (s.n_pages > before) {
         --s.n_pages;
         for (State::Device& device : s.devices) s.unmap_page(device, s.n_pages);
       }
       return status;
     }
-    ++s.n_pages;
-  }
   return {};
+}
+
+Status KVCache::add_page(KvType type) {
+  State& s = *state_;
+  const KvPolicy& policy = s.options.policy;
+  const bool mixed = policy.first_tokens > 0 || policy.recent_tokens > 0;
+  if (type != policy.type && !(mixed && type == policy.hot_type))
+    return Status(Code::kMismatch,
+                  fmt::format("the rows are {}, this session's cache takes {}{} (kv.type)",
+                              kv_type_name(type), kv_type_name(policy.type),
+                              mixed ? fmt::format(" and {}", kv_type_name(policy.hot_type)) : ""))
+        .about("kv.type");
+  if (s.n_pages == policy.pages_for(max_tokens()))
+    return Status(Code::kContextFull, fmt::format("a context of at most {} tokens has {} pages",
+                                                  max_tokens(), s.n_pages));
+  return s.add_page(type);
 }
 
 void KVCache::commit_rows(int64_t n_tokens) noexcept {
