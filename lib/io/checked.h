@@ -56,7 +56,7 @@ class Checked {
   constexpr Checked aligned(int64_t alignment) const noexcept {
     assert(alignment > 0 && (alignment & (alignment - 1)) == 0);
     if (!ok() || value_ > kMax - (alignment - 1)) return bad();
-    return Checked((value_ + alignment - 1) & ~(alignment - 1));
+    return Checked((value_ + (alignment - 1)) & ~(alignment - 1));
   }
   // Whether T holds the value, and the value as a T.
   template <std::integral T>
