@@ -92,7 +92,7 @@ extern "C" {
 #define FATHOM_E_FORMAT (-8)           /* malformed file; offset and key say where */
 #define FATHOM_E_CHECKSUM (-9)
 #define FATHOM_E_VERSION (-10)  /* file or header newer than this library */
-#define FATHOM_E_MISMATCH (-11) /* not the file that was planned */
+#define FATHOM_E_MISMATCH (-11) /* not the file that was planned; session of another model */
 #define FATHOM_E_BUDGET (-12)   /* a budget would be exceeded; bytes_needed, bytes_available */
 #define FATHOM_E_MEMORY (-13)   /* the system refused memory */
 #define FATHOM_E_DEVICE (-14)   /* driver or device error; the session is poisoned */
@@ -320,6 +320,8 @@ FATHOM_API void FATHOM_CALL fathom_plan_free(fathom_plan *plan);
 #define FATHOM_PHASE_LOAD 0     /* done and total are bytes */
 #define FATHOM_PHASE_PREFILL 1  /* tokens */
 #define FATHOM_PHASE_GENERATE 2 /* tokens */
+#define FATHOM_PHASE_SAVE 3     /* bytes */
+#define FATHOM_PHASE_RESTORE 4  /* bytes */
 
 /* Non-zero stops the call with E_CANCELLED. */
 typedef int32_t(FATHOM_CALL *fathom_progress_fn)(void *user, int32_t phase, uint64_t done,
@@ -577,6 +579,41 @@ FATHOM_API int32_t FATHOM_CALL fathom_session_truncate(fathom_session *s, uint64
  * Tokens and logits stay.  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_session_trim(fathom_session *s, uint64_t *freed_bytes,
                                                    fathom_error *err);
+
+/* Storage of the host's own.  write takes src [n], read fills dst [n] from byte "offset" of a saved
+ * session; n is at most 64 KiB and offsets rise without gaps.  Both answer how many bytes they took
+ * or gave, which may be fewer; 0 (nothing more to be had) or -errno ends the call with E_IO. */
+typedef int64_t(FATHOM_CALL *fathom_write_fn)(void *user, const void *src, uint64_t n);
+typedef int64_t(FATHOM_CALL *fathom_read_fn)(void *user, uint64_t offset, void *dst, uint64_t n);
+
+/* Writes the session to one file: beside its place, synced, renamed.  At every moment path is the
+ * old file or the whole new one, on any error the old one.
+ * E_ARGUMENT (a link, folder or device stands there), E_NOT_FOUND (no such folder), E_IO,
+ * E_CANCELLED, E_DEVICE.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_save(const fathom_session *s, const char *path,
+                                                   const fathom_run *run, fathom_error *err);
+
+/* A new session that goes on where the saved one was, with the same bits.  A bad file gives an
+ * error and changes nothing.  params and run may be NULL.
+ * E_NOT_FOUND, E_IO, E_FORMAT (offset, key), E_CHECKSUM, E_VERSION (saved by a newer library),
+ * E_MISMATCH (another model file or kv.type), E_CONTEXT_FULL (more tokens than max_tokens),
+ * E_BUDGET, E_CANCELLED.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_restore(fathom_model *model, const char *path,
+                                                      const fathom_session_params *params,
+                                                      const fathom_run *run, fathom_session **out,
+                                                      fathom_error *err);
+
+/* The same to a function of the host.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_save_io(const fathom_session *s,
+                                                      fathom_write_fn write, void *user,
+                                                      const fathom_run *run, fathom_error *err);
+
+/* The same from a function of the host; size is that of the saved session in bytes.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_restore_io(fathom_model *model, fathom_read_fn read,
+                                                         void *user, uint64_t size,
+                                                         const fathom_session_params *params,
+                                                         const fathom_run *run,
+                                                         fathom_session **out, fathom_error *err);
 
 /* Since 0.1. */
 FATHOM_API void FATHOM_CALL fathom_session_free(fathom_session *s);

@@ -87,6 +87,11 @@ enum class InCallback : bool { kRefused, kAllowed };
 template <class F>
 int32_t call(fathom_error* err, F&& work, InCallback in_callback = InCallback::kRefused) noexcept;
 
+// A call that uses a session; a device error poisons it.
+template <class F>
+int32_t session_call(fathom_error* err, const fathom_session* s, F&& work,
+                     InCallback in_callback = InCallback::kRefused) noexcept;
+
 // ---- arguments ----
 
 Status null_argument(const char* name);
@@ -148,6 +153,7 @@ struct RunArguments {
 };
 Result<RunArguments> to_run(const fathom_run* run);
 
+Result<SessionOptions> to_session(const fathom_session_params* params);
 Result<SamplingOptions> to_sampling(const fathom_sampler_params* params);
 
 // A free: nothing happens inside a callback, after fork(), or while another thread uses the handle.

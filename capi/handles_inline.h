@@ -60,6 +60,22 @@ int32_t call(fathom_error* err, F&& work, InCallback in_callback) noexcept {
   return finish(status, err);
 }
 
+template <class F>
+int32_t session_call(fathom_error* err, const fathom_session* s, F&& work,
+                     InCallback in_callback) noexcept {
+  return call(
+      err,
+      [&]() -> Status {
+        Use use;
+        FATHOM_TRY(use.begin(s, "s"));
+        Status status = work();
+        if (status.code() == Code::kDevice)
+          const_cast<fathom_session*>(s)->poisoned.store(true, std::memory_order_relaxed);
+        return status;
+      },
+      in_callback);
+}
+
 // ---- arguments ----
 
 Status bad_count(const char* name, uint64_t value, uint64_t max);

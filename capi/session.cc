@@ -8,23 +8,6 @@ using namespace fathom::capi;  // NOLINT
 
 namespace {
 
-// A call that uses a session; a device error poisons it.
-template <class F>
-int32_t session_call(fathom_error* err, const fathom_session* s, F&& work,
-                     InCallback in_callback = InCallback::kRefused) noexcept {
-  return call(
-      err,
-      [&]() -> Status {
-        Use use;
-        FATHOM_TRY(use.begin(s, "s"));
-        Status status = work();
-        if (status.code() == Code::kDevice)
-          const_cast<fathom_session*>(s)->poisoned.store(true, std::memory_order_relaxed);
-        return status;
-      },
-      in_callback);
-}
-
 Status logits_of(const fathom_session* s, std::span<const float>& logits) {
   logits = s->session.logits();
   if (logits.empty()) return Status(Code::kState, "there are no logits: prefill or step first");
@@ -101,11 +84,7 @@ int32_t fathom_session_create(fathom_model* model, const fathom_session_params* 
     if (out == nullptr) return null_argument("out");
     *out = nullptr;
     FATHOM_TRY(check_handle(model, "model"));
-    FATHOM_TRY_ASSIGN(const fathom_session_params p, from_caller(params, "params"));
-    FATHOM_TRY(check_flags(p.flags, 0));
-    SessionOptions options;
-    FATHOM_TRY_ASSIGN(options.max_tokens, to_int64("max_tokens", p.max_tokens));
-    FATHOM_TRY_ASSIGN(options.reserve_tokens, to_int64("reserve_tokens", p.reserve_tokens));
+    FATHOM_TRY_ASSIGN(const SessionOptions options, to_session(params));
     FATHOM_TRY_ASSIGN(Session session, Session::create(model->model, options));
     *out = new fathom_session(std::move(session));
     return {};

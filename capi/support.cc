@@ -226,6 +226,15 @@ Result<RunArguments> to_run(const fathom_run* run) {
   return out;
 }
 
+Result<SessionOptions> to_session(const fathom_session_params* params) {
+  FATHOM_TRY_ASSIGN(const fathom_session_params p, from_caller(params, "params"));
+  FATHOM_TRY(check_flags(p.flags, 0));
+  SessionOptions options;
+  FATHOM_TRY_ASSIGN(options.max_tokens, to_int64("max_tokens", p.max_tokens));
+  FATHOM_TRY_ASSIGN(options.reserve_tokens, to_int64("reserve_tokens", p.reserve_tokens));
+  return options;
+}
+
 Result<SamplingOptions> to_sampling(const fathom_sampler_params* params) {
   FATHOM_TRY_ASSIGN(const fathom_sampler_params p, from_caller(params, "params"));
   SamplingOptions options;

@@ -158,6 +158,17 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("n", fathom_session_tokens(f->session, 0, ids, 8, NULL, err));
   CHECK_NULL("s", fathom_session_truncate(NULL, 0, err));
   CHECK_NULL("s", fathom_session_trim(NULL, &len, err));
+  CHECK_NULL("s", fathom_session_save(NULL, "f", NULL, err));
+  CHECK_NULL("path", fathom_session_save(f->session, NULL, NULL, err));
+  CHECK_NULL("s", fathom_session_save_io(NULL, NULL, NULL, NULL, err));
+  CHECK_NULL("write", fathom_session_save_io(f->session, NULL, NULL, NULL, err));
+  session = (fathom_session*)buf;
+  CHECK_NULL("model", fathom_session_restore(NULL, "f", NULL, NULL, &session, err));
+  EXPECT(session == NULL);
+  CHECK_NULL("path", fathom_session_restore(f->model, NULL, NULL, NULL, &session, err));
+  CHECK_NULL("out", fathom_session_restore(f->model, "f", NULL, NULL, NULL, err));
+  CHECK_NULL("read", fathom_session_restore_io(f->model, NULL, NULL, 1, NULL, NULL, &session, err));
+  CHECK_NULL("out", fathom_session_restore_io(f->model, NULL, NULL, 1, NULL, NULL, NULL, err));
   CHECK_NULL("eng", fathom_memory_snapshot(NULL, items, 8, &len, err));
   CHECK_NULL("items", fathom_memory_snapshot(f->engine, NULL, 8, &len, err));
   CHECK_NULL("n", fathom_memory_snapshot(f->engine, items, 8, NULL, err));

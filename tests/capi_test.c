@@ -670,6 +670,59 @@ static void test_quiet(void) {
   EXPECT(in_quiet_child(whole_life, 1) == 0);
 }
 
+/* A saved session in memory; both functions move at most 1,000 bytes at a time. */
+static unsigned char saved_bytes[1 << 20];
+static uint64_t n_saved;
+
+static int64_t FATHOM_CALL write_some(void* user, const void* src, uint64_t n) {
+  (void)user;
+  if (n > 1000) n = 1000;
+  if (n_saved + n > sizeof saved_bytes) return -28; /* ENOSPC */
+  memcpy(saved_bytes + n_saved, src, n);
+  n_saved += n;
+  return (int64_t)n;
+}
+static int64_t FATHOM_CALL read_some(void* user, uint64_t offset, void* dst, uint64_t n) {
+  (void)user;
+  if (n > 1000) n = 1000;
+  memcpy(dst, saved_bytes + offset, n);
+  return (int64_t)n;
+}
+static int64_t FATHOM_CALL write_full(void* user, const void* src, uint64_t n) {
+  (void)user, (void)src, (void)n;
+  return -28;
+}
+
+static void test_save_restore(const Fixture* f) {
+  fathom_error error = {.struct_size = sizeof error}, *err = &error;
+  const fathom_token ids[] = {5, 6, 7, 8, 9};
+  const float *before, *after;
+  uint64_t n_before, n_after;
+  fathom_session *session = NULL, *again = NULL;
+  EXPECT_OK(fathom_session_create(f->model, NULL, &session, err));
+  EXPECT_OK(fathom_session_prefill(session, ids, 5, NULL, err));
+  n_saved = 0;
+  EXPECT_OK(fathom_session_save_io(session, write_some, NULL, NULL, err));
+  EXPECT_OK(fathom_session_restore_io(f->model, read_some, NULL, n_saved, NULL, NULL, &again, err));
+  EXPECT_OK(fathom_session_step(session, 3, err));
+  EXPECT_OK(fathom_session_step(again, 3, err));
+  EXPECT_OK(fathom_session_logits_view(session, &before, &n_before, err));
+  EXPECT_OK(fathom_session_logits_view(again, &after, &n_after, err));
+  EXPECT(n_before == n_after && memcmp(before, after, n_before * sizeof *before) == 0);
+  fathom_session_free(again);
+
+  EXPECT_CODE(FATHOM_E_IO, fathom_session_save_io(session, write_full, NULL, NULL, err));
+  EXPECT(err->sys_errno == 28);
+  saved_bytes[n_saved / 2] ^= 1;
+  EXPECT_CODE(FATHOM_E_CHECKSUM, fathom_session_restore_io(f->model, read_some, NULL, n_saved,
+                                                           NULL, NULL, &again, err));
+  EXPECT(again == NULL);
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_save(session, "/dev/full", NULL, err));
+  EXPECT_CODE(FATHOM_E_NOT_FOUND,
+              fathom_session_restore(f->model, "/no/such", NULL, NULL, &again, err));
+  fathom_session_free(session);
+}
+
 int main(void) {
   Fixture f;
   test_quiet(); /* before this process has threads */
@@ -685,6 +738,7 @@ int main(void) {
   test_run(&f);
   test_generate(&f);
   test_memory(&f);
+  test_save_restore(&f);
   close_fixture(&f);
   test_parents_first();
   if (failures == 0) puts("all passed");
