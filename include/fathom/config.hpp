@@ -21,6 +21,13 @@ namespace fathom {
 // Form of attention in prefill (decode is always absorbed).
 enum class AttentionForm : uint8_t { kAbsorbed, kExpanded };
 
+// What the weights of a model are assumed to be when only its config.json is there.
+enum class WeightsType : uint8_t { kBF16, kF16, kF8, kQ8_0, kQ4_K };
+constexpr std::string_view weights_type_name(WeightsType type) noexcept {
+  constexpr std::string_view kNames[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
+  return kNames[static_cast<int>(type)];
+}
+
 struct Config {
   // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
   // devices with budgets of their own.
@@ -53,6 +60,11 @@ struct Config {
   std::optional<int64_t> prefill_chunk;
   // attention.form: absorbed or expanded.  auto: expanded for chunks above the crossover.
   std::optional<AttentionForm> attention_form;
+
+  // weights.type: for plans from a bare config.json, what its weights are taken to be: bf16, f16,
+  // fp8, q8_0, q4_k (llama.cpp's Q4_K_M mixture).  auto: what config.json says.  Refused for a
+  // model that has weights.
+  std::optional<WeightsType> weights_type;
 
   int64_t sessions_max = 1;  // sessions.max: sessions the plan makes room for.  [1, 4096]
   int64_t threads = 0;       // threads: 0 = the processors this process may use.  [0, 1024]

@@ -71,7 +71,8 @@ class Engine {
   int n_devices() const noexcept;
   const Backend& device(int index) const noexcept;  // 0 <= index < n_devices()
 
-  // Plans a model file from its header for `config` (default: the engine's).  Reads no weights.
+  // Plans a model file from its header for `config` (default: the engine's).  Reads no weights; a
+  // bare config.json is enough, with weights.type for what its weights are taken to be.
   // A plan that does not fit is a value with feasible == false.  Errors: as TensorFile::open,
   // kConfig for settings that cannot be met by any budget (both keys named).
   Result<Plan> plan(const std::string& model_path) const;

@@ -53,29 +53,6 @@ void flatten(const std::string& prefix, JsonValue object,
   }
 }
 
-// config.json and the files of the tokenizer.
-Status read_config(const std::string& folder, TensorFileBuilder* builder, ModelConfig* config,
-                   bool* tie_is_known) {
-  const std::string path = in_folder(folder, "config.json");
-  FATHOM_TRY_ASSIGN(const std::string text, read_text_file(path, kMaxConfigBytes));
-  builder->hash.update(std::as_bytes(std::span(text)));
-  Result<JsonDocument> document = JsonDocument::parse(text);
-  if (!document.ok()) return std::move(document).status().in(path);
-  Result<ModelConfig> parsed = config_from_json(*document);
-  if (!parsed.ok()) return std::move(parsed).status().in(path);
-  *config = std::move(parsed).value();
-  config->name = folder_name(folder);
-  *tie_is_known = !document->root().find("tie_word_embeddings").is_null_or_absent();
-  flatten("", document->root(), &builder->metadata());
-
-  TokenizerSource& tokenizer = builder->tokenizer();
-  tokenizer.json_path = path_if_file(folder, "tokenizer.json");
-  tokenizer.config_json_path = path_if_file(folder, "tokenizer_config.json");
-  tokenizer.bos_token_id = config->bos_token_id;
-  tokenizer.eos_token_id = config->eos_token_id;
-  return {};
-}
-
 // Fits config and tensors together, and leaves out what is skipped.
 Status join(ModelConfig config, bool tie_is_known, TensorFileBuilder* builder) {
   constexpr const char* kEmbeddings = "model.embed_tokens.weight";
@@ -145,6 +122,34 @@ bool is_plain_file_name(std::string_view name) {
 
 }  // namespace
 
+Status read_config_json(const std::string& path, TensorFileBuilder* builder, ModelConfig* config,
+                        bool* tie_is_known) {
+  FATHOM_TRY_ASSIGN(const std::string text, read_text_file(path, kMaxConfigBytes));
+  builder->hash.update(std::as_bytes(std::span(text)));
+  Result<JsonDocument> document = JsonDocument::parse(text);
+  if (!document.ok()) return std::move(document).status().in(path);
+  Result<ModelConfig> parsed = config_from_json(*document);
+  if (!parsed.ok()) return std::move(parsed).status().in(path);
+  *config = std::move(parsed).value();
+  *tie_is_known = !document->root().find("tie_word_embeddings").is_null_or_absent();
+  flatten("", document->root(), &builder->metadata());
+
+  // A file of another name was taken out of its folder: what lies beside it belongs to others.
+  const std::filesystem::path file(path);
+  const bool in_place = file.filename() == "config.json";
+  const std::string folder = file.has_parent_path() ? file.parent_path().string() : ".";
+  const std::string stem = file.stem().string();
+  config->name = in_place ? folder_name(folder) : is_plain_utf8(stem) ? stem : "";
+  TokenizerSource& tokenizer = builder->tokenizer();
+  if (in_place) {
+    tokenizer.json_path = path_if_file(folder, "tokenizer.json");
+    tokenizer.config_json_path = path_if_file(folder, "tokenizer_config.json");
+  }
+  tokenizer.bos_token_id = config->bos_token_id;
+  tokenizer.eos_token_id = config->eos_token_id;
+  return {};
+}
+
 Result<ShardIndex> parse_shard_index(std::string_view text) {
   constexpr JsonLimits kLimits = {
       .max_bytes = kMaxIndexBytes, .max_depth = 8, .max_values = 2 * kMaxTensors + 1000};
@@ -207,7 +212,7 @@ Result<TensorFile> open_safetensors(std::shared_ptr<ByteSource> source, const st
   if (path_if_file(folder, "config.json").empty()) return std::move(builder).finish();
   ModelConfig config;
   bool tie_is_known = false;
-  FATHOM_TRY(read_config(folder.empty() ? "." : folder, &builder, &config, &tie_is_known));
+  FATHOM_TRY(read_config_json(in_folder(folder, "config.json"), &builder, &config, &tie_is_known));
   Status joined = join(std::move(config), tie_is_known, &builder);
   if (!joined.ok()) return std::move(joined).in(path);
   return std::move(builder).finish();
@@ -217,7 +222,7 @@ Result<TensorFile> open_folder(const std::string& path) {
   TensorFileBuilder builder(FileFormat::kSafetensors);
   ModelConfig config;
   bool tie_is_known = false;
-  FATHOM_TRY(read_config(path, &builder, &config, &tie_is_known));
+  FATHOM_TRY(read_config_json(in_folder(path, "config.json"), &builder, &config, &tie_is_known));
 
   const std::string index_path = in_folder(path, "model.safetensors.index.json");
   Result<std::shared_ptr<ByteSource>> whole = open_file(in_folder(path, "model.safetensors"));

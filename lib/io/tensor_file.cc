@@ -56,6 +56,9 @@ Status TensorFile::read(const TensorInfo& tensor, int64_t offset,
                         std::span<std::byte> out) const noexcept {
   if (offset < 0 || !(Checked(offset) + Checked(out.size())).at_most(tensor.bytes))
     return Status(Code::kInvalidArgument, "bytes beyond the end of the tensor").about(tensor.name);
+  if (!has_weights())
+    return Status(Code::kNotFound, "only the configuration is there, no weights")
+        .about(tensor.name);
   Status status = sources_[static_cast<size_t>(tensor.source)]->read(tensor.offset + offset, out);
   if (status.ok()) return status;
   return std::move(status).about(tensor.name);
@@ -93,7 +96,8 @@ Result<TensorFile> TensorFileBuilder::finish() && {
   // Models fine-tuned from one another have the same headers.  A few bytes from the middle of a few
   // tensors tell them apart and cost as many reads.
   constexpr size_t kSamples = 16, kSampleBytes = 256;
-  const size_t n_samples = file.has_config_ ? std::min(kSamples, file.tensors_.size()) : 0;
+  const bool is_model = file.has_config_ && file.has_weights();
+  const size_t n_samples = is_model ? std::min(kSamples, file.tensors_.size()) : 0;
   for (size_t i = 0; i < n_samples; ++i) {
     const TensorInfo& tensor = file.tensors_[i * file.tensors_.size() / n_samples];
     std::byte sample[kSampleBytes];

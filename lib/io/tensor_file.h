@@ -1,7 +1,8 @@
 // TensorFile: the neutral view that both weight formats yield - named tensors with a place in a
 // file, and the facts about model and tokenizer - read with pread, never mapped, so that a file
 // that shrinks under us is an error and not a signal.
-//   GGUF: gguf.cc.  Hugging Face folder or single .safetensors: safetensors.cc.
+//   GGUF: gguf.cc.  Hugging Face folder or single .safetensors: safetensors.cc.  A config.json
+//   without weights: tensor_listing.cc.
 // Shapes are row-major, outermost first (Hugging Face order; GGUF's ne reversed).
 #pragma once
 
@@ -85,7 +86,10 @@ class TensorFile {
 
   std::span<const TensorInfo> tensors() const noexcept { return tensors_; }  // sorted by name
   const TensorInfo* find(std::string_view name) const noexcept;             // null when absent
-  // Bytes [offset, offset + out.size()) of a tensor.  Thread-safe.
+  // False for the tensors of a model of which only the configuration is there.
+  bool has_weights() const noexcept { return !sources_.empty(); }
+  // Bytes [offset, offset + out.size()) of a tensor.  Thread-safe.  Errors: kNotFound without
+  // weights; kIo, kFormat.
   Status read(const TensorInfo& tensor, int64_t offset, std::span<std::byte> out) const noexcept;
   // All headers and sizes, and samples of a few tensors of a model, folded into 128 bits; names
   // the model in profiles and saved sessions.

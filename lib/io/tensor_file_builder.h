@@ -53,5 +53,9 @@ Result<TensorFile> open_gguf(std::shared_ptr<ByteSource> source, const std::stri
 // folder.
 Result<TensorFile> open_safetensors(std::shared_ptr<ByteSource> source, const std::string& path);
 Result<TensorFile> open_folder(const std::string& path);
+// A config.json (of any name): the configuration, all its values as metadata, and where the files
+// of the tokenizer are.  `tie_is_known`: whether it says tie_word_embeddings.
+Status read_config_json(const std::string& path, TensorFileBuilder* builder, ModelConfig* config,
+                        bool* tie_is_known);
 
 }  // namespace fathom::io

@@ -26,6 +26,7 @@ constexpr std::array<std::string_view, kKvTypeCount> kKvTypes = [] {
   return names;
 }();
 // In the order of the enumerators.
+constexpr std::string_view kWeightsTypes[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
 constexpr std::string_view kNumerics[] = {"fast", "exact"};
 constexpr std::string_view kIsas[] = {"auto", "scalar", "avx2", "avx512", "amx"};
@@ -235,6 +236,12 @@ constexpr Setting kSettings[] = {
          .memory = "expanded needs workspace for a tile of keys and values",
          .text = "Form of attention in prefill, decode is always absorbed; auto: expanded for "
                  "chunks above the crossover."}),
+    row<&Config::weights_type>(
+        {.key = "weights.type",
+         .choices = kWeightsTypes,
+         .memory = "the bytes that a plan counts for weights it cannot see",
+         .text = "Type to assume for the weights of a model of which only config.json is there "
+                 "(q4_k: the Q4_K_M mixture); auto: what config.json says, bf16 or fp8."}),
     row<&Config::sessions_max>(
         {.key = "sessions.max",
          .unit = "sessions",

@@ -89,7 +89,7 @@ Result<Plan> Engine::plan(const std::string& model_path) const {
 
 Result<Plan> Engine::plan(const std::string& model_path, const Config& config) const {
   return run::guarded([&]() -> Result<Plan> {
-    FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*state_, model_path));
+    FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*state_, model_path, config));
     return planner.plan(config);
   });
 }

@@ -84,7 +84,8 @@ Status load_weights(ModelState& model, const io::TensorFile& file, nn::WeightMap
 
 Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOptions& options) {
   if (!plan.feasible) return infeasible(plan);
-  FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*engine.state(), plan.model_path));
+  FATHOM_TRY_ASSIGN(auto planner,
+                    run::Planner::open(*engine.state(), plan.model_path, plan.config));
   const io::TensorFile& file = planner.file();
   if (file.fingerprint().lo != plan.fingerprint_lo ||
       file.fingerprint().hi != plan.fingerprint_hi ||
@@ -92,6 +93,11 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
     return Status(
         Code::kMismatch,
         fmt::format("{}: not the file or engine that was planned; plan again", plan.model_path));
+
+  if (!file.has_weights())
+    return Status(Code::kNotFound,
+                  fmt::format("{}: only the model's configuration is there, no weights to load",
+                              plan.model_path));
 
   auto model = std::make_shared<ModelState>(engine);
   model->plan = plan;

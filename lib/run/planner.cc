@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../io/tensor_listing.h"
 #include "../nn/forward.h"
 
 namespace fathom::run {
@@ -73,11 +74,19 @@ int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n
          committed_bytes(page_table_bytes(max_tokens, page_tokens, n_devices), granularity);
 }
 
-Result<Planner> Planner::open(const EngineState& engine, const std::string& model_path) {
+Result<Planner> Planner::open(const EngineState& engine, const std::string& model_path,
+                              const Config& config) {
   Planner planner;
   planner.engine_ = &engine;
   planner.path_ = model_path;
-  FATHOM_TRY_ASSIGN(io::TensorFile file, io::TensorFile::open(model_path));
+  const bool listed = io::is_config_only(model_path);
+  if (config.weights_type && !listed)
+    return Status(Code::kConfig,
+                  fmt::format("weights.type = {}: {} has weights, whose types are its own",
+                              weights_type_name(*config.weights_type), model_path))
+        .about("weights.type");
+  FATHOM_TRY_ASSIGN(io::TensorFile file, listed ? io::list_tensors(model_path, config.weights_type)
+                                                : io::TensorFile::open(model_path));
   if (!file.has_config())
     return Status(Code::kFormat,
                   fmt::format("{}: no model configuration (config.json)", model_path));

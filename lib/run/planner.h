@@ -37,8 +37,11 @@ int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devi
 
 class Planner {
  public:
-  // Opens the file and counts its tokenizer.  `engine` must outlive the planner.
-  static Result<Planner> open(const EngineState& engine, const std::string& model_path);
+  // Opens the file and counts its tokenizer; a bare config.json becomes a list of tensors of
+  // `config`'s weights.type.  `engine` must outlive the planner.  Errors: those of opening; kConfig
+  // for a weights.type where there are weights.
+  static Result<Planner> open(const EngineState& engine, const std::string& model_path,
+                              const Config& config);
 
   // Never fails for lack of memory: that is an infeasible plan.  Errors: kConfig (a key that
   // only a new engine can change), kFormat, kUnsupported.
