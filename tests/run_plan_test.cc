@@ -37,8 +37,8 @@ void check_phase(const Model& model, Phase phase, std::string_view moment) {
       if (purpose == Purpose::kStaging) continue;  // held during the load only
       INFO(moment << ", device " << d << ", " << purpose_name(purpose));
       CHECK(now.item(d, purpose).bytes_now ==
-            plan.devices[static_cast<size_t>(d)].bytes[static_cast<size_t>(phase)]
-                                                      [static_cast<size_t>(p)]);
+            plan.devices[static_cast<size_t>(d)]
+                .bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)]);
     }
 }
 
@@ -55,9 +55,22 @@ bool reset_resident_peak() {
   return clear.good();
 }
 
+// What the process may grow by over a plan: 3 % and 16 MiB for everything that is not counted.
+// Sanitizers keep shadow memory and freed blocks of their own.
+int64_t allowed_growth(const Plan& plan) {
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+  constexpr int64_t kSanitizer = int64_t{1} << 30;
+#else
+  constexpr int64_t kSanitizer = 0;
+#endif
+  const int64_t planned = plan.devices[0].peak_bytes();
+  return planned + planned * 3 / 100 + (int64_t{16} << 20) + kSanitizer;
+}
+
 std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
   std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i) tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
+  for (int64_t i = 0; i < n; ++i)
+    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
   return tokens;
 }
 
@@ -66,13 +79,18 @@ TEST_CASE("planned bytes equal the ledger's bytes after load, prefill and decode
   for (const std::string& path :
        {test::test_data("models/tiny-v2"), test::test_data("models/tiny-v2-lite"),
         test::test_data("models/tiny-v3"), test::test_data("models/tiny-v3-fp8"),
-        test::test_data("gguf/tiny-v2.old.F16.gguf"),
+        test::test_data("models/tiny-v2-lite-sharded"),
+        test::test_data("gguf/tiny-v2.old.F16.gguf"), test::test_data("gguf/tiny-v2.new.BF16.gguf"),
+        test::test_data("gguf/tiny-v2-lite.old.F16.gguf"),
+        test::test_data("gguf/tiny-v2-lite.split-00001-of-00003.gguf"),
         test::test_data("gguf/tiny-v2-lite.mid.F16.gguf"),
-        test::test_data("gguf/tiny-v3.new.BF16.gguf"), test::test_data("quant/quant.Q4_K.gguf"),
+        test::test_data("gguf/tiny-v3.new.BF16.gguf"), test::test_data("quant/quant.Q8_0.gguf"),
+        test::test_data("quant/quant.Q4_K_M.gguf"), test::test_data("quant/quant.IQ4_NL.gguf"),
         trained})
     for (const char* chunk : {"1", "48", "300"})
       for (const char* context : {"65", "130", "300"}) {
         if (std::string(chunk) == "1" && std::string(context) != "65") continue;  // slow, no news
+        const int64_t before = reset_resident_peak() ? resident_peak() : -1;
         const Model model =
             test::load_model(path, {{"prefill.chunk", chunk}, {"context.max", context}});
         INFO(path << " chunk " << chunk << " context " << context);
@@ -90,6 +108,7 @@ TEST_CASE("planned bytes equal the ledger's bytes after load, prefill and decode
         check_phase(model, Phase::kDecode, "after decode");
         const MemorySnapshot memory = model.engine().memory();
         CHECK(memory.devices[0].bytes_peak == plan.devices[0].peak_bytes());
+        if (before >= 0) CHECK(resident_peak() - before <= allowed_growth(plan));
         CHECK(session.step(3).code() == Code::kContextFull);
       }
 }
@@ -124,13 +143,13 @@ TEST_CASE("the process grows by what was planned", "[plan]") {
     return;
   }
   const int64_t before = resident_peak();
-  const Model model = test::load_model(FATHOM_EXAMPLE_MODEL,
-                                       {{"context.max", "8192"}, {"kv.type", "f32"}});
+  const Model model =
+      test::load_model(FATHOM_EXAMPLE_MODEL, {{"context.max", "8192"}, {"kv.type", "f32"}});
   Session session = test::new_session(model);
   test::require_ok(session.prefill(some_tokens(8192, 2048)));
-  const int64_t grown = resident_peak() - before, planned = model.plan().devices[0].peak_bytes();
-  INFO("grown " << grown << ", planned " << planned);
-  CHECK(grown <= planned + planned * 3 / 100 + (int64_t{16} << 20));
+  const int64_t grown = resident_peak() - before;
+  INFO("grown " << grown << ", planned " << model.plan().devices[0].peak_bytes());
+  CHECK(grown <= allowed_growth(model.plan()));
 }
 
 TEST_CASE("the prefill peak does not depend on the context", "[plan]") {
@@ -162,8 +181,8 @@ TEST_CASE("plans of the published shapes, from the header alone", "[plan]") {
     CHECK(first->kv_bytes_per_token == shape.kv_bytes_per_token);
 
     // The two terms that other engines let grow with the context do not exist here.
-    auto other = engine->plan(file.path(), test::config_of({{"budget.cpu", "2000G"},
-                                                            {"context.max", "4096"}}));
+    auto other = engine->plan(file.path(),
+                              test::config_of({{"budget.cpu", "2000G"}, {"context.max", "4096"}}));
     REQUIRE(other.ok());
     for (Purpose purpose : {Purpose::kActivations, Purpose::kWorkspace})
       CHECK(first->devices[0].planned(purpose) == other->devices[0].planned(purpose));
@@ -204,7 +223,8 @@ TEST_CASE("a short budget lowers the chunk before it gives up", "[plan]") {
   CHECK_FALSE(pinned.feasible);
   CHECK(pinned.bytes_short == 1);
   REQUIRE_FALSE(pinned.alternatives.empty());
-  CHECK(pinned.alternatives[0].changes[0] == std::pair<std::string, std::string>("prefill.chunk", "auto"));
+  CHECK(pinned.alternatives[0].changes[0] ==
+        std::pair<std::string, std::string>("prefill.chunk", "auto"));
   for (const PlanAlternative& alternative : pinned.alternatives) {
     test::Settings settings{{"prefill.chunk", "512"}};
     for (const auto& change : alternative.changes) settings.push_back(change);
@@ -242,7 +262,8 @@ TEST_CASE("a planned budget is enough, and one byte less is refused before anyth
   CHECK(refused.status().message().find("Would fit") != std::string_view::npos);
 }
 
-TEST_CASE("several CPU devices hold the layers, give the same bits, and keep their plans", "[plan]") {
+TEST_CASE("several CPU devices hold the layers, give the same bits, and keep their plans",
+          "[plan]") {
   for (const char* name : {"tiny-v2", "tiny-v2-lite", "tiny-v3"}) {
     const std::string path = test::test_data(std::string("models/") + name);
     const auto tokens = some_tokens(150, 500);
