@@ -27,8 +27,13 @@ struct TileRows {
 // Codes and scales of 32 columns of 16 weight rows.
 struct TileColumns {
   alignas(64) uint8_t codes[8 * 64];
-  alignas(64) float scale[kGroupRows], scale_high[kGroupRows], min[kGroupRows];
+  alignas(64) float scale[kGroupRows],
+      scale_high[kGroupRows], min[kGroupRows], min_high[kGroupRows];
 };
+
+// Signed bytes that are a tile as they lie.
+template <class Type>
+constexpr bool kLiesAsTile = Type::kSigned&& Type::kBlock.bytes == PackedQ8_0::kBlock.bytes;
 
 template <class Type>
 inline void read_columns(const uint8_t* block, int sub, TileColumns& out) {
@@ -38,8 +43,10 @@ inline void read_columns(const uint8_t* block, int sub, TileColumns& out) {
     f_store(out.scale + kLanes * h, c.scale);
     if constexpr (Type::kTwoScales) f_store(out.scale_high + kLanes * h, c.scale_high);
     if constexpr (Type::kMin) f_store(out.min + kLanes * h, c.min);
-    if constexpr (!Type::kSigned)  // signed codes are a tile as they lie
-      for (int q = 0; q < 8; ++q) b_store(out.codes + 64 * q + 4 * kLanes * h, c.w[q]);
+    if constexpr (Type::kMin && Type::kTwoScales) f_store(out.min_high + kLanes * h, c.min_high);
+    if constexpr (!kLiesAsTile<Type>)
+      for (int q = 0; q < 8; ++q)  // b_signed() undoes itself
+        b_store(out.codes + 64 * q + 4 * kLanes * h, Type::kSigned ? b_signed(c.w[q]) : c.w[q]);
   }
 }
 
@@ -60,14 +67,14 @@ inline void load_rows(const TileRows& rows, int64_t x_stride, int64_t at, int fi
 }
 
 // sums[r][c] += (dots[r][c] + bias of row r) * scale[c] * scale of row r.
-template <bool kBias>
+template <int kOffset>
 inline void add_dots(const TileRows& rows, int64_t at, int half, const int32_t* dots,
                      const float* scale, float* sums) {
   for (int r = 0; r < rows.n_rows; ++r) {
     const XBlock& x = rows.x[r][at];
     for (int h = 0; h < kHalves; ++h) {
       I dot = i_load(dots + kGroupRows * r + kLanes * h);
-      if constexpr (kBias) dot = i_add(dot, i_set(x.bias[half]));
+      if constexpr (kOffset != 0) dot = i_add(dot, offset_of<kOffset>(x, half));
       float* sum = sums + kGroupRows * r + kLanes * h;
       f_store(sum,
               f_fma(f_mul(f_from_i(dot), f_load(scale + kLanes * h)), f_set(x.scale), f_load(sum)));
@@ -83,8 +90,8 @@ inline void add_block(const TileRows* tiles, int n_tiles, int64_t x_stride, int6
     alignas(64) int32_t dots[kTileRows * kGroupRows];
     load_rows(tiles[kTile], x_stride, at, 16 * half, Type::kTwoScales ? 16 : 32);
     multiply<kTile, Type::kSigned>(dots);
-    add_dots<Type::kOffset != 0>(tiles[kTile], at, half, dots, scale,
-                                 sums + kTile * kTileRows * kGroupRows);
+    add_dots<Type::kOffset>(tiles[kTile], at, half, dots, scale,
+                            sums + kTile * kTileRows * kGroupRows);
     add_block<Type, kTile + 1>(tiles, n_tiles, x_stride, at, half, scale, sums);
   }
 }
@@ -99,7 +106,7 @@ void amx_int8_group(const uint8_t* group, int64_t n_blocks, const TileRows* tile
       TileColumns columns;
       read_columns<Type>(group, s, columns);
       const uint8_t* codes = columns.codes;
-      if constexpr (Type::kSigned) codes = group + Type::kCodes;
+      if constexpr (kLiesAsTile<Type>) codes = group + Type::kCodes;
       load_b(codes);
       add_block<Type, 0>(tiles, n_tiles, x_stride, at, 0, columns.scale, sums);
       if constexpr (Type::kTwoScales) {
@@ -110,10 +117,19 @@ void amx_int8_group(const uint8_t* group, int64_t n_blocks, const TileRows* tile
         for (int t = 0; t < n_tiles; ++t) {
           for (int r = 0; r < tiles[t].n_rows; ++r) {
             float* sum = sums + (t * kTileRows + r) * kGroupRows;
-            const F x_sum = f_set(tiles[t].x[r][at].scaled_sum);
-            for (int h = 0; h < kHalves; ++h)
-              f_store(sum + kLanes * h,
-                      f_fnma(f_load(columns.min + kLanes * h), x_sum, f_load(sum + kLanes * h)));
+            const XBlock& x = tiles[t].x[r][at];
+            for (int h = 0; h < kHalves; ++h) {
+              float* to = sum + kLanes * h;
+              const F min = f_load(columns.min + kLanes * h);
+              if constexpr (Type::kTwoScales) {
+                const F low = f_mul(f_from_i(i_set(x.bias[0])), min);
+                const F both =
+                    f_fma(f_from_i(i_set(x.bias[1])), f_load(columns.min_high + kLanes * h), low);
+                f_store(to, f_fma(both, f_set(x.scale), f_load(to)));
+              } else {
+                f_store(to, f_fnma(min, f_set(x.scaled_sum), f_load(to)));
+              }
+            }
           }
         }
       }
@@ -168,9 +184,16 @@ constexpr MatmulKernels amx_table() {
   MatmulKernels kernels = table("amx", INT64_MAX);
   kernels.int8_product[kPackedQ8_0] = amx_int8_product<ReadQ8_0>;
   kernels.int8_product[kPackedQ4_0] = amx_int8_product<ReadQ4_0>;
+  kernels.int8_product[kPackedQ4_1] = amx_int8_product<ReadQ4_1>;
+  kernels.int8_product[kPackedQ5_0] = amx_int8_product<ReadQ5_0>;
+  kernels.int8_product[kPackedQ5_1] = amx_int8_product<ReadQ5_1>;
+  kernels.int8_product[kPackedIQ4_NL] = amx_int8_product<ReadIQ4_NL>;
+  kernels.int8_product[kPackedQ2_K] = amx_int8_product<ReadQ2_K>;
+  kernels.int8_product[kPackedQ3_K] = amx_int8_product<ReadQ3_K>;
   kernels.int8_product[kPackedQ4_K] = amx_int8_product<ReadQ4_K>;
   kernels.int8_product[kPackedQ5_K] = amx_int8_product<ReadQ5_K>;
   kernels.int8_product[kPackedQ6_K] = amx_int8_product<ReadQ6_K>;
+  kernels.int8_product[kPackedIQ4_XS] = amx_int8_product<ReadIQ4_XS>;
   return kernels;
 }
 

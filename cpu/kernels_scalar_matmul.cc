@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/matmul_kernels.h"
+#include "fathom/quant.hpp"
 #include "fathom/tensor.hpp"
 
 namespace fathom::cpu {
@@ -38,6 +39,68 @@ PackedValue read_q4_0(const uint8_t* block, int row, int col) noexcept {
   return {load_f16(block + 2 * row), 0, nibble(block + PackedQ4_0::kCodes, row, col) - 8};
 }
 
+// Bit col / 4 of the vector that holds single bits of 32 columns.
+int single_bit(const uint8_t* bits, int row, int col) noexcept {
+  return bits[4 * row + col % 4] >> (col / 4) & 1;
+}
+// The two bits of a column in the vectors that hold pairs of bits of 32 columns.
+int bit_pair(const uint8_t* bits, int row, int col) noexcept {
+  const int quad = col / 4;
+  return bits[64 * (quad / 4) + 4 * row + col % 4] >> (2 * (quad % 4)) & 3;
+}
+// Scale number `index` of six bits; see PackedQ3_K.
+int six_bits(const uint8_t* low, const uint8_t* high, int row, int index) noexcept {
+  return (low[16 * (index / 2) + row] >> (4 * (index % 2)) & 15) |
+         (high[16 * (index / 4) + row] >> (2 * (index % 4)) & 3) << 4;
+}
+
+PackedValue read_q4_1(const uint8_t* block, int row, int col) noexcept {
+  return {load_f16(block + 2 * row), -load_f16(block + PackedQ4_1::kMinFactors + 2 * row),
+          nibble(block + PackedQ4_1::kCodes, row, col)};
+}
+
+PackedValue read_q5_0(const uint8_t* block, int row, int col) noexcept {
+  const uint8_t* codes = block + PackedQ5_0::kCodes;
+  const int code = nibble(codes, row, col) | single_bit(codes + PackedQ5_0::kHigh, row, col) << 4;
+  return {load_f16(block + 2 * row), 0, code - 16};
+}
+
+PackedValue read_q5_1(const uint8_t* block, int row, int col) noexcept {
+  const uint8_t* codes = block + PackedQ5_1::kCodes;
+  return {load_f16(block + 2 * row), -load_f16(block + PackedQ5_1::kMinFactors + 2 * row),
+          nibble(codes, row, col) | single_bit(codes + PackedQ5_1::kHigh, row, col) << 4};
+}
+
+PackedValue read_iq4_nl(const uint8_t* block, int row, int col) noexcept {
+  return {load_f16(block + 2 * row), 0, kIQ4Values[nibble(block + PackedIQ4_NL::kCodes, row, col)]};
+}
+
+PackedValue read_iq4_xs(const uint8_t* block, int row, int col) noexcept {
+  const int sub = col / 32;
+  const int scale =
+      six_bits(block + PackedIQ4_XS::kScales, block + PackedIQ4_XS::kHighScales, row, sub) - 32;
+  const uint8_t* codes = block + PackedIQ4_XS::kCodes + PackedIQ4_XS::kSubBytes * sub;
+  return {load_f16(block + 2 * row) * static_cast<float>(scale), 0,
+          kIQ4Values[nibble(codes, row, col % 32)]};
+}
+
+PackedValue read_q2_k(const uint8_t* block, int row, int col) noexcept {
+  const int scales = block[PackedQ2_K::kScales + 16 * (col / 16) + row];
+  const uint8_t* codes = block + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * (col / 32);
+  return {load_f16(block + 2 * row) * static_cast<float>(scales & 15),
+          load_f16(block + PackedQ2_K::kMinFactors + 2 * row) * static_cast<float>(scales >> 4),
+          bit_pair(codes, row, col % 32)};
+}
+
+PackedValue read_q3_k(const uint8_t* block, int row, int col) noexcept {
+  const int scale =
+      six_bits(block + PackedQ3_K::kScales, block + PackedQ3_K::kHighScales, row, col / 16) - 32;
+  const uint8_t* codes = block + PackedQ3_K::kCodes + PackedQ3_K::kSubBytes * (col / 32);
+  const int code =
+      bit_pair(codes, row, col % 32) | single_bit(codes + PackedQ3_K::kHigh, row, col % 32) << 2;
+  return {load_f16(block + 2 * row) * static_cast<float>(scale), 0, code - 4};
+}
+
 // What Q4_K and Q5_K share: all but the fifth bit.
 template <class Type>
 PackedValue read_k(const uint8_t* block, int row, int col) noexcept {
@@ -54,19 +117,15 @@ PackedValue read_q4_k(const uint8_t* block, int row, int col) noexcept {
 
 PackedValue read_q5_k(const uint8_t* block, int row, int col) noexcept {
   PackedValue value = read_k<PackedQ5_K>(block, row, col);
-  const int sub = col / 32, quad = col % 32 / 4;
-  const int bits = block[PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * sub + PackedQ5_K::kHigh +
-                         4 * row + col % 4];
-  value.code |= (bits >> quad & 1) << 4;
+  const uint8_t* codes = block + PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * (col / 32);
+  value.code |= single_bit(codes + PackedQ5_K::kHigh, row, col % 32) << 4;
   return value;
 }
 
 PackedValue read_q6_k(const uint8_t* block, int row, int col) noexcept {
-  const int sub = col / 32, quad = col % 32 / 4;
   const auto scale = static_cast<int8_t>(block[PackedQ6_K::kScales + 16 * (col / 16) + row]);
-  const uint8_t* codes = block + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * sub;
-  const int bits = codes[PackedQ6_K::kHigh + 64 * (quad / 4) + 4 * row + col % 4];
-  const int high = bits >> (2 * (quad % 4)) & 3;
+  const uint8_t* codes = block + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * (col / 32);
+  const int high = bit_pair(codes + PackedQ6_K::kHigh, row, col % 32);
   return {load_f16(block + 2 * row) * static_cast<float>(scale), 0,
           (nibble(codes, row, col % 32) | high << 4) - 32};
 }
@@ -218,11 +277,18 @@ const MatmulKernels& matmul_kernels_scalar() noexcept {
       .panel_rows = 1,
       .quantize = quantize,
       .int8_product = {int8_product<PackedQ8_0, read_q8_0>, int8_product<PackedQ4_0, read_q4_0>,
+                       int8_product<PackedQ4_1, read_q4_1>, int8_product<PackedQ5_0, read_q5_0>,
+                       int8_product<PackedQ5_1, read_q5_1>, int8_product<PackedIQ4_NL, read_iq4_nl>,
+                       int8_product<PackedQ2_K, read_q2_k>, int8_product<PackedQ3_K, read_q3_k>,
                        int8_product<PackedQ4_K, read_q4_k>, int8_product<PackedQ5_K, read_q5_k>,
-                       int8_product<PackedQ6_K, read_q6_k>},
+                       int8_product<PackedQ6_K, read_q6_k>,
+                       int8_product<PackedIQ4_XS, read_iq4_xs>},
       .unpack = {unpack<PackedQ8_0, read_q8_0>, unpack<PackedQ4_0, read_q4_0>,
+                 unpack<PackedQ4_1, read_q4_1>, unpack<PackedQ5_0, read_q5_0>,
+                 unpack<PackedQ5_1, read_q5_1>, unpack<PackedIQ4_NL, read_iq4_nl>,
+                 unpack<PackedQ2_K, read_q2_k>, unpack<PackedQ3_K, read_q3_k>,
                  unpack<PackedQ4_K, read_q4_k>, unpack<PackedQ5_K, read_q5_k>,
-                 unpack<PackedQ6_K, read_q6_k>},
+                 unpack<PackedQ6_K, read_q6_k>, unpack<PackedIQ4_XS, read_iq4_xs>},
       .widen = {widen<read_f32>, widen<read_f16>, widen<read_bf16>, widen<read_f8>},
       .plain_dot = {plain_dot<read_f32>, plain_dot<read_f16>, plain_dot<read_bf16>,
                     plain_dot<read_f8>},

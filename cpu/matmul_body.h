@@ -8,6 +8,7 @@
 #include <stdint.h>
 
 #include "cpu/matmul_kernels.h"
+#include "fathom/quant.hpp"
 
 namespace fathom::cpu {
 namespace {
@@ -17,7 +18,8 @@ constexpr int kHalves = kGroupRows / kLanes;  // vectors that 16 rows take
 // ---- packed types: how 32 columns of one half (kLanes rows) are read ----
 //
 // Factors: what is constant in a block.   Columns32: codes and scales of 32 columns.
-// value = scale * code - min.
+// value = scale * (code - kOffset) - min;  with two scales and mins, `min` is a 32nd of it: the
+// biases that it is multiplied by are 32 times a sum.
 
 struct Factors {
   F d, dmin;
@@ -27,7 +29,7 @@ struct Columns32 {
   B w[8];              // quad q
   F scale = f_zero();  // of all 32, or of the first 16
   F scale_high = f_zero();
-  F min = f_zero();
+  F min = f_zero(), min_high = f_zero();
 };
 
 inline void load_nibbles(const uint8_t* codes, Columns32& c) {
@@ -36,6 +38,38 @@ inline void load_nibbles(const uint8_t* codes, Columns32& c) {
     c.w[j] = b_low4(pairs);
     c.w[j + 4] = b_high4(pairs);
   }
+}
+
+// The fifth bits of eight quads.
+inline void add_fifth_bits(const uint8_t* high, Columns32& c) {
+  const B bits = b_load(high);
+  c.w[0] = b_fifth_bit<0>(c.w[0], bits);
+  c.w[1] = b_fifth_bit<1>(c.w[1], bits);
+  c.w[2] = b_fifth_bit<2>(c.w[2], bits);
+  c.w[3] = b_fifth_bit<3>(c.w[3], bits);
+  c.w[4] = b_fifth_bit<4>(c.w[4], bits);
+  c.w[5] = b_fifth_bit<5>(c.w[5], bits);
+  c.w[6] = b_fifth_bit<6>(c.w[6], bits);
+  c.w[7] = b_fifth_bit<7>(c.w[7], bits);
+}
+
+inline void load_bit_pairs(const uint8_t* codes, Columns32& c) {
+  const B low = b_load(codes), high = b_load(codes + 64);
+  c.w[0] = b_bit_pair<0>(low);
+  c.w[1] = b_bit_pair<1>(low);
+  c.w[2] = b_bit_pair<2>(low);
+  c.w[3] = b_bit_pair<3>(low);
+  c.w[4] = b_bit_pair<0>(high);
+  c.w[5] = b_bit_pair<1>(high);
+  c.w[6] = b_bit_pair<2>(high);
+  c.w[7] = b_bit_pair<3>(high);
+}
+
+// A signed scale of six bits from its two parts, which begin at the bits given.
+inline F six_bit_scale(I low, int low_shift, I high, int high_shift) {
+  const I bits = i_or(i_and(i_shift_right(low, low_shift), 15),
+                      i_shift_left<4>(i_and(i_shift_right(high, high_shift), 3)));
+  return f_from_i(i_add(bits, i_set(-32)));
 }
 
 struct ReadQ8_0 : PackedQ8_0 {
@@ -66,6 +100,126 @@ struct ReadQ4_0 : PackedQ4_0 {
   }
 };
 
+// d q + m.
+template <class Layout>
+struct ReadMin : Layout {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr int kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half),
+            f_sub(f_zero(), f_load_f16(block + Layout::kMinFactors + 2 * kLanes * half))};
+  }
+  static void read(const uint8_t* block, int, int half, const Factors& f, Columns32& c) {
+    load_nibbles(block + Layout::kCodes + 4 * kLanes * half, c);
+    c.scale = f.d;
+    c.min = f.dmin;
+  }
+};
+
+struct ReadQ4_1 : ReadMin<PackedQ4_1> {
+  static constexpr int kMaxCode = 15;
+};
+
+struct ReadQ5_1 : ReadMin<PackedQ5_1> {
+  static constexpr int kMaxCode = 31;
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    ReadMin::read(block, sub, half, f, c);
+    add_fifth_bits(block + kCodes + kHigh + 4 * kLanes * half, c);
+  }
+};
+
+// q - 16 is written as scale * q - min with min = 16 d.
+struct ReadQ5_0 : PackedQ5_0 {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr int kMaxCode = 31, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    const F d = f_load_f16(block + 2 * kLanes * half);
+    return {d, f_mul(d, f_set(16.0f))};
+  }
+  static void read(const uint8_t* block, int, int half, const Factors& f, Columns32& c) {
+    const uint8_t* codes = block + kCodes + 4 * kLanes * half;
+    load_nibbles(codes, c);
+    add_fifth_bits(codes + kHigh, c);
+    c.scale = f.d;
+    c.min = f.dmin;
+  }
+};
+
+// Nibbles that are numbers into kIQ4Values.
+template <class Layout>
+struct ReadIQ4 : Layout {
+  static constexpr bool kSigned = true, kMin = false, kTwoScales = false;
+  static constexpr int kMaxCode = 127, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half), f_zero()};
+  }
+  static void load(const uint8_t* codes, Columns32& c) {
+    load_nibbles(codes, c);
+    for (int q = 0; q < 8; ++q) c.w[q] = b_iq4_values(c.w[q]);
+  }
+};
+
+struct ReadIQ4_NL : ReadIQ4<PackedIQ4_NL> {
+  static void read(const uint8_t* block, int, int half, const Factors& f, Columns32& c) {
+    load(block + kCodes + 4 * kLanes * half, c);
+    c.scale = f.d;
+  }
+};
+
+struct ReadIQ4_XS : ReadIQ4<PackedIQ4_XS> {
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    load(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
+    const I low = i_load_u8(block + kScales + 16 * (sub / 2) + kLanes * half);
+    const I high = i_load_u8(block + kHighScales + 16 * (sub / 4) + kLanes * half);
+    c.scale = f_mul(f.d, six_bit_scale(low, 4 * (sub % 2), high, 2 * (sub % 4)));
+  }
+};
+
+struct ReadQ2_K : PackedQ2_K {
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = true;
+  static constexpr int kMaxCode = 3, kOffset = 0;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half),
+            f_mul(f_load_f16(block + kMinFactors + 2 * kLanes * half), f_set(1.0f / 32))};
+  }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    load_bit_pairs(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
+    const I low = i_load_u8(block + kScales + 32 * sub + kLanes * half);
+    const I high = i_load_u8(block + kScales + 32 * sub + 16 + kLanes * half);
+    c.scale = f_mul(f.d, f_from_i(i_and(low, 15)));
+    c.scale_high = f_mul(f.d, f_from_i(i_and(high, 15)));
+    c.min = f_mul(f.dmin, f_from_i(i_shift_right(low, 4)));
+    c.min_high = f_mul(f.dmin, f_from_i(i_shift_right(high, 4)));
+  }
+};
+
+// Codes are kept at 0 .. 7; the bias of the activations takes 4 off (kOffset).
+struct ReadQ3_K : PackedQ3_K {
+  static constexpr bool kSigned = false, kMin = false, kTwoScales = true;
+  static constexpr int kMaxCode = 7, kOffset = 4;
+  static Factors factors(const uint8_t* block, int half) {
+    return {f_load_f16(block + 2 * kLanes * half), f_zero()};
+  }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    const uint8_t* codes = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
+    load_bit_pairs(codes, c);
+    const B bits = b_load(codes + kHigh);
+    c.w[0] = b_third_bit<0>(c.w[0], bits);
+    c.w[1] = b_third_bit<1>(c.w[1], bits);
+    c.w[2] = b_third_bit<2>(c.w[2], bits);
+    c.w[3] = b_third_bit<3>(c.w[3], bits);
+    c.w[4] = b_third_bit<4>(c.w[4], bits);
+    c.w[5] = b_third_bit<5>(c.w[5], bits);
+    c.w[6] = b_third_bit<6>(c.w[6], bits);
+    c.w[7] = b_third_bit<7>(c.w[7], bits);
+    const I low = i_load_u8(block + kScales + 16 * sub + kLanes * half);
+    const I high = i_load_u8(block + kHighScales + 16 * (sub / 2) + kLanes * half);
+    const int shift = 4 * (sub % 2);
+    c.scale = f_mul(f.d, six_bit_scale(low, 0, high, shift));
+    c.scale_high = f_mul(f.d, six_bit_scale(low, 4, high, shift + 2));
+  }
+};
+
 // What Q4_K and Q5_K share: all but the fifth bit.
 template <class Layout>
 struct ReadK : Layout {
@@ -90,15 +244,7 @@ struct ReadQ5_K : ReadK<PackedQ5_K> {
   static constexpr int kMaxCode = 31;
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
     ReadK::read(block, sub, half, f, c);
-    const B bits = b_load(block + kCodes + kSubBytes * sub + kHigh + 4 * kLanes * half);
-    c.w[0] = b_fifth_bit<0>(c.w[0], bits);
-    c.w[1] = b_fifth_bit<1>(c.w[1], bits);
-    c.w[2] = b_fifth_bit<2>(c.w[2], bits);
-    c.w[3] = b_fifth_bit<3>(c.w[3], bits);
-    c.w[4] = b_fifth_bit<4>(c.w[4], bits);
-    c.w[5] = b_fifth_bit<5>(c.w[5], bits);
-    c.w[6] = b_fifth_bit<6>(c.w[6], bits);
-    c.w[7] = b_fifth_bit<7>(c.w[7], bits);
+    add_fifth_bits(block + kCodes + kSubBytes * sub + kHigh + 4 * kLanes * half, c);
   }
 };
 
@@ -130,14 +276,27 @@ struct ReadQ6_K : PackedQ6_K {
 
 // ---- integer products ----
 
+// bias[half] of `x` for codes that are kOffset too high: -kOffset times a sum.
+template <int kOffset>
+inline I offset_of(const XBlock& x, int half) {
+  return i_set(kOffset == 32 ? x.bias[half] : x.bias[half] / 32 * kOffset);
+}
+
 template <class Type>
 inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
   if constexpr (Type::kTwoScales) {
-    const I low = i_add(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q), i_set(x.bias[0]));
-    const I high = i_add(i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16), i_set(x.bias[1]));
-    const F scale = f_set(x.scale);
-    sum = f_fma(f_mul(f_from_i(low), c.scale), scale, sum);
-    return f_fma(f_mul(f_from_i(high), c.scale_high), scale, sum);
+    I low = i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q);
+    I high = i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16);
+    if constexpr (Type::kOffset != 0) {
+      low = i_add(low, offset_of<Type::kOffset>(x, 0));
+      high = i_add(high, offset_of<Type::kOffset>(x, 1));
+    }
+    F part = f_fma(f_from_i(high), c.scale_high, f_mul(f_from_i(low), c.scale));
+    if constexpr (Type::kMin) {
+      part = f_fma(f_from_i(i_set(x.bias[0])), c.min, part);
+      part = f_fma(f_from_i(i_set(x.bias[1])), c.min_high, part);
+    }
+    return f_fma(part, f_set(x.scale), sum);
   } else {
     I dot;
     if constexpr (Type::kSigned)
@@ -248,7 +407,7 @@ void quantize(const float* x, int64_t n, XBlock* out) {
 
 // ---- panels of f32 ----
 
-// Column kByte of a quad.  value = scale * (code - kOffset) - min; the products are exact in f32
+// Column kByte of a quad.  value = scale * (code - kOffset) - min; all products are exact in f32
 // but for the last one, as in dequantize(), so the bits are the same whether or not the subtraction
 // is fused.
 template <class Type, int kByte>
@@ -273,12 +432,15 @@ void unpack(const uint8_t* group, int64_t col0, int64_t n_cols, float* panel) {
       Columns32 c;
       Type::read(block, sub, h, Type::factors(block, h), c);
       for (int q = 0; q < 8; ++q) {
-        const F scale = Type::kTwoScales && q >= 4 ? c.scale_high : c.scale;
+        const bool second = Type::kTwoScales && q >= 4;
+        const F scale = second ? c.scale_high : c.scale;
+        F min = second ? c.min_high : c.min;
+        if constexpr (Type::kTwoScales && Type::kMin) min = f_mul(min, f_set(32.0f));
         float* to = panel + 4 * q * kGroupRows + kLanes * h;
-        unpack_column<Type, 0>(c.w[q], scale, c.min, to);
-        unpack_column<Type, 1>(c.w[q], scale, c.min, to);
-        unpack_column<Type, 2>(c.w[q], scale, c.min, to);
-        unpack_column<Type, 3>(c.w[q], scale, c.min, to);
+        unpack_column<Type, 0>(c.w[q], scale, min, to);
+        unpack_column<Type, 1>(c.w[q], scale, min, to);
+        unpack_column<Type, 2>(c.w[q], scale, min, to);
+        unpack_column<Type, 3>(c.w[q], scale, min, to);
       }
     }
   }
@@ -512,10 +674,13 @@ constexpr MatmulKernels table(const char* name, int64_t int8_max_rows) {
       .int8_max_rows = int8_max_rows,
       .panel_rows = kPanelRows,
       .quantize = quantize,
-      .int8_product = {int8_product<ReadQ8_0>, int8_product<ReadQ4_0>, int8_product<ReadQ4_K>,
-                       int8_product<ReadQ5_K>, int8_product<ReadQ6_K>},
-      .unpack = {unpack<ReadQ8_0>, unpack<ReadQ4_0>, unpack<ReadQ4_K>, unpack<ReadQ5_K>,
-                 unpack<ReadQ6_K>},
+      .int8_product = {int8_product<ReadQ8_0>, int8_product<ReadQ4_0>, int8_product<ReadQ4_1>,
+                       int8_product<ReadQ5_0>, int8_product<ReadQ5_1>, int8_product<ReadIQ4_NL>,
+                       int8_product<ReadQ2_K>, int8_product<ReadQ3_K>, int8_product<ReadQ4_K>,
+                       int8_product<ReadQ5_K>, int8_product<ReadQ6_K>, int8_product<ReadIQ4_XS>},
+      .unpack = {unpack<ReadQ8_0>, unpack<ReadQ4_0>, unpack<ReadQ4_1>, unpack<ReadQ5_0>,
+                 unpack<ReadQ5_1>, unpack<ReadIQ4_NL>, unpack<ReadQ2_K>, unpack<ReadQ3_K>,
+                 unpack<ReadQ4_K>, unpack<ReadQ5_K>, unpack<ReadQ6_K>, unpack<ReadIQ4_XS>},
       .widen = {widen<ReadF32>, widen<ReadF16>, widen<ReadBF16>, widen<ReadF8>},
       .plain_dot = {plain_dot<ReadF32>, plain_dot<ReadF16>, plain_dot<ReadBF16>, plain_dot<ReadF8>},
       .transpose16 = transpose16,

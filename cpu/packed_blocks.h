@@ -15,14 +15,29 @@ namespace fathom::cpu {
 // A matrix is a sequence of row groups, a row group of blocks, each of 16 rows and `cols` columns.
 inline constexpr int kGroupRows = 16;
 
-enum PackedType { kPackedQ8_0, kPackedQ4_0, kPackedQ4_K, kPackedQ5_K, kPackedQ6_K, kPackedTypes };
+enum PackedType {
+  kPackedQ8_0,
+  kPackedQ4_0,
+  kPackedQ4_1,
+  kPackedQ5_0,
+  kPackedQ5_1,
+  kPackedIQ4_NL,
+  kPackedQ2_K,
+  kPackedQ3_K,
+  kPackedQ4_K,
+  kPackedQ5_K,
+  kPackedQ6_K,
+  kPackedIQ4_XS,
+  kPackedTypes
+};
 
 struct PackedBlock {
   int cols, bytes;
 };
 
 // "Quad q" is columns 4 q .. 4 q + 3.  Nibbles of 32 columns lie in four vectors: the low half of
-// vector j is quad j, the high half quad j + 4.
+// vector j is quad j, the high half quad j + 4.  Single bits of 32 columns lie in one vector: bit j
+// belongs to quad j.  Pairs of bits lie in two: bits 2 p, 2 p + 1 of vector v belong to quad 4 v + p.
 
 // f16 d[16]; int8 codes: vector q is quad q.
 struct PackedQ8_0 {
@@ -34,31 +49,76 @@ struct PackedQ4_0 {
   static constexpr PackedBlock kBlock{32, 288};
   static constexpr int kCodes = 32;
 };
+// f16 d[16], m[16]; nibbles of 32 columns.
+struct PackedQ4_1 {
+  static constexpr PackedBlock kBlock{32, 320};
+  static constexpr int kMinFactors = 32, kCodes = 64;
+};
+// f16 d[16]; nibbles of 32 columns, their fifth bits.
+struct PackedQ5_0 {
+  static constexpr PackedBlock kBlock{32, 352};
+  static constexpr int kCodes = 32, kHigh = 256;
+};
+// f16 d[16], m[16]; nibbles of 32 columns, their fifth bits.
+struct PackedQ5_1 {
+  static constexpr PackedBlock kBlock{32, 384};
+  static constexpr int kMinFactors = 32, kCodes = 64, kHigh = 256;
+};
+// f16 d[16]; nibbles of 32 columns: numbers into kIQ4Values.
+struct PackedIQ4_NL {
+  static constexpr PackedBlock kBlock{32, 288};
+  static constexpr int kCodes = 32;
+};
+
+// The super-blocks: factors, then scales, then all bits of each 32 columns together.  A second
+// stream inside a block, 2 KB away, cut the rate of reading from memory to a third.
+
+// f16 d[16], dmin[16]; u8 scales[16][16], one per 16 columns: scale in the low half, min in the
+// high one; codes: pairs of bits of 8 times 32 columns.
+struct PackedQ2_K {
+  static constexpr PackedBlock kBlock{256, 1344};
+  static constexpr int kMinFactors = 32, kScales = 64, kCodes = 320;
+  static constexpr int kSubBytes = 128;
+};
+// f16 d[16], 32 bytes of padding, so that codes begin on cache lines; scales of 6 bits, one per 16
+// columns: u8 low[8][16], the low four bits of scales 2 s (low half) and 2 s + 1; u8 high[4][16],
+// two bits each of scales 4 t .. 4 t + 3; then 8 times pairs of bits and third bits of 32 columns.
+struct PackedQ3_K {
+  static constexpr PackedBlock kBlock{256, 1792};
+  static constexpr int kScales = 64, kHighScales = 192, kCodes = 256;
+  static constexpr int kSubBytes = 192, kHigh = 128;
+};
 // f16 d[16], dmin[16]; u8 scales[8][16], mins[8][16]; nibbles of 8 times 32 columns.
 struct PackedQ4_K {
   static constexpr PackedBlock kBlock{256, 2368};
   static constexpr int kMinFactors = 32, kScales = 64, kMins = 192, kCodes = 320;
   static constexpr int kSubBytes = 256;
 };
-// As Q4_K, and after the nibbles of each 32 columns one vector whose bit j is the fifth bit of quad
-// j.
+// As Q4_K, and after the nibbles of each 32 columns their fifth bits.
 struct PackedQ5_K {
   static constexpr PackedBlock kBlock{256, 2880};
   static constexpr int kMinFactors = 32, kScales = 64, kMins = 192, kCodes = 320;
   static constexpr int kSubBytes = 320, kHigh = 256;
 };
-// f16 d[16]; i8 scales[16][16], one per 16 columns; nibbles of 8 times 32 columns, each followed by
-// two vectors: bits 2 p, 2 p + 1 of vector v are the two high bits of quad 4 v + p.
+// f16 d[16], 32 bytes of padding, so that codes begin on cache lines; i8 scales[16][16], one per 16
+// columns; nibbles of 8 times 32 columns, each followed by their two high bits.
 struct PackedQ6_K {
-  static constexpr PackedBlock kBlock{256, 3360};
-  static constexpr int kScales = 32, kCodes = 288;
+  static constexpr PackedBlock kBlock{256, 3392};
+  static constexpr int kScales = 64, kCodes = 320;
   static constexpr int kSubBytes = 384, kHigh = 256;
 };
-// All bits of 32 columns lie together: a second stream inside a block, 2 KB away, cut the rate of
-// reading from memory to a third.
+// f16 d[16]; scales of 6 bits, one per 32 columns: u8 low[4][16], the low four bits of scales 2 s
+// (low half) and 2 s + 1; u8 high[2][16], two bits each of scales 4 t .. 4 t + 3; nibbles of 8
+// times 32 columns: numbers into kIQ4Values.
+struct PackedIQ4_XS {
+  static constexpr PackedBlock kBlock{256, 2176};
+  static constexpr int kScales = 32, kHighScales = 96, kCodes = 128;
+  static constexpr int kSubBytes = 256;
+};
 
-inline constexpr PackedBlock kPackedBlocks[kPackedTypes] = {PackedQ8_0::kBlock, PackedQ4_0::kBlock,
-                                                            PackedQ4_K::kBlock, PackedQ5_K::kBlock,
-                                                            PackedQ6_K::kBlock};
+inline constexpr PackedBlock kPackedBlocks[kPackedTypes] = {
+    PackedQ8_0::kBlock, PackedQ4_0::kBlock,   PackedQ4_1::kBlock, PackedQ5_0::kBlock,
+    PackedQ5_1::kBlock, PackedIQ4_NL::kBlock, PackedQ2_K::kBlock, PackedQ3_K::kBlock,
+    PackedQ4_K::kBlock, PackedQ5_K::kBlock,   PackedQ6_K::kBlock, PackedIQ4_XS::kBlock};
 
 }  // namespace fathom::cpu

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cpu/matmul_kernels.h"
+#include "fathom/quant.hpp"
 
 namespace fathom::cpu {
 namespace {
@@ -96,6 +97,23 @@ inline int32_t i_sum(I v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 inline I i_load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+// Eight bytes, without sign.
+inline I i_load_u8(const void* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+}
+inline I i_and(I v, int32_t mask) {
+  return _mm256_and_si256(v, _mm256_set1_epi32(mask));
+}
+inline I i_or(I a, I b) {
+  return _mm256_or_si256(a, b);
+}
+inline I i_shift_right(I v, int n) {
+  return _mm256_srl_epi32(v, _mm_cvtsi32_si128(n));
+}
+template <int kBits>
+inline I i_shift_left(I v) {
+  return _mm256_slli_epi32(v, kBits);
+}
 inline I i_add(I a, I b) {
   return _mm256_add_epi32(a, b);
 }
@@ -168,6 +186,19 @@ inline B b_high_bits(B codes, B bits) {
                            : _mm256_srli_epi16(bits, 2);
   return _mm256_or_si256(codes, _mm256_and_si256(two, _mm256_set1_epi8(48)));
 }
+// Bits 2 kPair, 2 kPair + 1 of each byte.
+template <int kPair>
+inline B b_bit_pair(B bits) {
+  return _mm256_and_si256(kPair == 0 ? bits : _mm256_srli_epi16(bits, 2 * kPair),
+                          _mm256_set1_epi8(3));
+}
+// codes + 4 * bit kBit of each byte of `bits`.
+template <int kBit>
+inline B b_third_bit(B codes, B bits) {
+  const B bit = kBit <= 2 ? _mm256_slli_epi16(bits, kBit <= 2 ? 2 - kBit : 0)
+                          : _mm256_srli_epi16(bits, kBit > 2 ? kBit - 2 : 0);
+  return _mm256_or_si256(codes, _mm256_and_si256(bit, _mm256_set1_epi8(4)));
+}
 inline B b_quad(const int8_t* x) {
   int32_t quad;
   __builtin_memcpy(&quad, x, 4);
@@ -177,6 +208,11 @@ inline B b_quad(const int8_t* x) {
 // Signed codes as the dot product wants them.
 inline B b_signed(B v) {
   return v;
+}
+// kIQ4Values of the codes, as b_signed() has them.
+inline B b_iq4_values(B codes) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIQ4Values));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), codes);
 }
 // Byte kByte of each lane's four; of codes from b_signed() with their sign.
 template <int kByte>

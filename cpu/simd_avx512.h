@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "cpu/matmul_kernels.h"
+#include "fathom/quant.hpp"
 
 namespace fathom::cpu {
 namespace {
@@ -95,6 +96,23 @@ inline int32_t i_sum(I v) {
   return _mm512_reduce_add_epi32(v);
 }
 inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+// Sixteen bytes, without sign.
+inline I i_load_u8(const void* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline I i_and(I v, int32_t mask) {
+  return _mm512_and_si512(v, _mm512_set1_epi32(mask));
+}
+inline I i_or(I a, I b) {
+  return _mm512_or_si512(a, b);
+}
+inline I i_shift_right(I v, int n) {
+  return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n));
+}
+template <int kBits>
+inline I i_shift_left(I v) {
+  return _mm512_slli_epi32(v, kBits);
+}
 inline I i_add(I a, I b) {
   return _mm512_add_epi32(a, b);
 }
@@ -164,6 +182,19 @@ inline B b_high_bits(B codes, B bits) {
                            : _mm512_srli_epi16(bits, 2);
   return _mm512_ternarylogic_epi32(codes, two, _mm512_set1_epi8(48), 0xf8);
 }
+// Bits 2 kPair, 2 kPair + 1 of each byte.
+template <int kPair>
+inline B b_bit_pair(B bits) {
+  return _mm512_and_si512(kPair == 0 ? bits : _mm512_srli_epi16(bits, 2 * kPair),
+                          _mm512_set1_epi8(3));
+}
+// codes + 4 * bit kBit of each byte of `bits`.
+template <int kBit>
+inline B b_third_bit(B codes, B bits) {
+  const B bit = kBit <= 2 ? _mm512_slli_epi16(bits, kBit <= 2 ? 2 - kBit : 0)
+                          : _mm512_srli_epi16(bits, kBit > 2 ? kBit - 2 : 0);
+  return _mm512_ternarylogic_epi32(codes, bit, _mm512_set1_epi8(4), 0xf8);
+}
 inline I b_quad(const int8_t* x) {
   int32_t quad;
   __builtin_memcpy(&quad, x, 4);
@@ -173,6 +204,11 @@ inline I b_quad(const int8_t* x) {
 // dpbusd wants the weights unsigned: w + 128, which the bias takes back.
 inline B b_signed(B v) {
   return _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+}
+// kIQ4Values of the codes, as b_signed() has them.
+inline B b_iq4_values(B codes) {
+  const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIQ4Values));
+  return _mm512_shuffle_epi8(b_signed(_mm512_broadcast_i32x4(values)), codes);
 }
 // Byte kByte of each lane's four; of codes from b_signed() with their sign.
 template <int kByte>

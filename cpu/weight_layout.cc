@@ -32,23 +32,118 @@ constexpr uint32_t kNibbles = 0x0f0f0f0f;
 // Each function packs one block of one row: `src` is the file's block, `out` the packed block.
 using PackBlock = void (*)(const uint8_t* src, int row, uint8_t* out) noexcept;
 
+// The f16 at `src` among the sixteen at `at`.
+void pack_factor(const uint8_t* src, int at, int row, uint8_t* out) noexcept {
+  std::memcpy(out + at + 2 * row, src, 2);
+}
+
+// Nibbles of 32 columns that the file has already paired (x[j], x[j + 16]).
+void pack_pairs(const uint8_t* qs, int row, uint8_t* codes) noexcept {
+  for (int j = 0; j < 4; ++j) std::memcpy(codes + 64 * j + 4 * row, qs + 4 * j, 4);
+}
+
+// Bit i of qh belongs to column i.
+void pack_fifth_bits(const uint8_t* qh, int row, uint8_t* high) noexcept {
+  const uint32_t bits = load32(qh);
+  uint32_t out = 0;
+  for (int quad = 0; quad < 8; ++quad)
+    for (int c = 0; c < 4; ++c) out |= (bits >> (4 * quad + c) & 1) << (8 * c + quad);
+  store32(high + 4 * row, out);
+}
+
+// Bits `shift`, shift + 1 of 32 bytes, a column each.
+void pack_bit_pairs(const uint8_t* bytes, int shift, int row, uint8_t* codes) noexcept {
+  for (int v = 0; v < 2; ++v) {
+    uint32_t bits = 0;
+    for (int p = 0; p < 4; ++p)
+      bits |= (load32(bytes + 16 * v + 4 * p) >> shift & 0x03030303u) << (2 * p);
+    store32(codes + 64 * v + 4 * row, bits);
+  }
+}
+
+// Bit `shift` of 32 bytes, a column each.
+void pack_bits(const uint8_t* bytes, int shift, int row, uint8_t* codes) noexcept {
+  uint32_t bits = 0;
+  for (int j = 0; j < 8; ++j) bits |= (load32(bytes + 4 * j) >> shift & 0x01010101u) << j;
+  store32(codes + 4 * row, bits);
+}
+
+// n scales of six bits: low halves of two to a byte, high pairs of four to a byte.
+void pack_six_bits(const uint8_t* scales, int n, int row, uint8_t* low, uint8_t* high) noexcept {
+  for (int s = 0; s < n; s += 2)
+    low[8 * s + row] = static_cast<uint8_t>((scales[s] & 15) | (scales[s + 1] & 15) << 4);
+  for (int s = 0; s < n; s += 4)
+    high[4 * s + row] = static_cast<uint8_t>(scales[s] >> 4 | scales[s + 1] >> 4 << 2 |
+                                             scales[s + 2] >> 4 << 4 | scales[s + 3] >> 4 << 6);
+}
+
 void pack_q8_0(const uint8_t* src, int row, uint8_t* out) noexcept {
-  std::memcpy(out + 2 * row, src, 2);
+  pack_factor(src, 0, row, out);
   uint8_t* codes = out + PackedQ8_0::kCodes + 4 * row;
   for (int q = 0; q < 8; ++q) std::memcpy(codes + 64 * q, src + 2 + 4 * q, 4);
 }
 
-// The file's nibbles are already paired (x[j], x[j + 16]).
 void pack_q4_0(const uint8_t* src, int row, uint8_t* out) noexcept {
-  std::memcpy(out + 2 * row, src, 2);
-  uint8_t* codes = out + PackedQ4_0::kCodes + 4 * row;
-  for (int j = 0; j < 4; ++j) std::memcpy(codes + 64 * j, src + 2 + 4 * j, 4);
+  pack_factor(src, 0, row, out);
+  pack_pairs(src + offsetof(BlockQ4_0, qs), row, out + PackedQ4_0::kCodes);
+}
+
+void pack_q4_1(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src, 0, row, out);
+  pack_factor(src + offsetof(BlockQ4_1, m), PackedQ4_1::kMinFactors, row, out);
+  pack_pairs(src + offsetof(BlockQ4_1, qs), row, out + PackedQ4_1::kCodes);
+}
+
+void pack_q5_0(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src, 0, row, out);
+  uint8_t* codes = out + PackedQ5_0::kCodes;
+  pack_pairs(src + offsetof(BlockQ5_0, qs), row, codes);
+  pack_fifth_bits(src + offsetof(BlockQ5_0, qh), row, codes + PackedQ5_0::kHigh);
+}
+
+void pack_q5_1(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src, 0, row, out);
+  pack_factor(src + offsetof(BlockQ5_1, m), PackedQ5_1::kMinFactors, row, out);
+  uint8_t* codes = out + PackedQ5_1::kCodes;
+  pack_pairs(src + offsetof(BlockQ5_1, qs), row, codes);
+  pack_fifth_bits(src + offsetof(BlockQ5_1, qh), row, codes + PackedQ5_1::kHigh);
+}
+
+void pack_iq4_nl(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src, 0, row, out);
+  pack_pairs(src + offsetof(BlockIQ4_NL, qs), row, out + PackedIQ4_NL::kCodes);
+}
+
+void pack_q2_k(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src + offsetof(BlockQ2_K, d), 0, row, out);
+  pack_factor(src + offsetof(BlockQ2_K, dmin), PackedQ2_K::kMinFactors, row, out);
+  for (int j = 0; j < 16; ++j)
+    out[PackedQ2_K::kScales + 16 * j + row] = src[offsetof(BlockQ2_K, scales) + j];
+  for (int s = 0; s < 8; ++s)
+    pack_bit_pairs(src + offsetof(BlockQ2_K, qs) + 32 * (s / 4), 2 * (s % 4), row,
+                   out + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * s);
+}
+
+void pack_q3_k(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src + offsetof(BlockQ3_K, d), 0, row, out);
+  std::memset(out + 32 + 2 * row, 0, 2);  // padding
+  const uint8_t* packed = src + offsetof(BlockQ3_K, scales);
+  uint8_t scales[16];
+  for (int j = 0; j < 16; ++j)
+    scales[j] = static_cast<uint8_t>((packed[j % 8] >> (j / 8 * 4) & 15) |
+                                     (packed[8 + j % 4] >> (j / 4 * 2) & 3) << 4);
+  pack_six_bits(scales, 16, row, out + PackedQ3_K::kScales, out + PackedQ3_K::kHighScales);
+  for (int s = 0; s < 8; ++s) {
+    uint8_t* codes = out + PackedQ3_K::kCodes + PackedQ3_K::kSubBytes * s;
+    pack_bit_pairs(src + offsetof(BlockQ3_K, qs) + 32 * (s / 4), 2 * (s % 4), row, codes);
+    pack_bits(src + offsetof(BlockQ3_K, hmask), s, row, codes + PackedQ3_K::kHigh);
+  }
 }
 
 // What Q4_K and Q5_K share.  `scales` and `qs` are fields of the file's block.
 void pack_k_scales(const uint8_t* d, const uint8_t* scales, int row, uint8_t* out) noexcept {
-  std::memcpy(out + 2 * row, d, 2);
-  std::memcpy(out + PackedQ4_K::kMinFactors + 2 * row, d + 2, 2);
+  pack_factor(d, 0, row, out);
+  pack_factor(d + 2, PackedQ4_K::kMinFactors, row, out);
   for (int k = 0; k < 4; ++k) {
     uint8_t* scale = out + PackedQ4_K::kScales + 16 * k + row;
     uint8_t* min = out + PackedQ4_K::kMins + 16 * k + row;
@@ -78,40 +173,46 @@ void pack_q4_k(const uint8_t* src, int row, uint8_t* out) noexcept {
 void pack_q5_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   pack_k_scales(src + offsetof(BlockQ5_K, d), src + offsetof(BlockQ5_K, scales), row, out);
   pack_k_nibbles(src + offsetof(BlockQ5_K, qs), row, PackedQ5_K::kSubBytes, out);
-  const uint8_t* qh = src + offsetof(BlockQ5_K, qh);
-  for (int s = 0; s < 8; ++s) {
-    uint32_t bits = 0;
-    for (int j = 0; j < 8; ++j) bits |= (load32(qh + 4 * j) >> s & 0x01010101u) << j;
-    store32(out + PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * s + PackedQ5_K::kHigh + 4 * row,
-            bits);
-  }
+  for (int s = 0; s < 8; ++s)
+    pack_bits(src + offsetof(BlockQ5_K, qh), s, row,
+              out + PackedQ5_K::kCodes + PackedQ5_K::kSubBytes * s + PackedQ5_K::kHigh);
 }
 
 void pack_q6_k(const uint8_t* src, int row, uint8_t* out) noexcept {
-  std::memcpy(out + 2 * row, src + offsetof(BlockQ6_K, d), 2);
+  pack_factor(src + offsetof(BlockQ6_K, d), 0, row, out);
+  std::memset(out + 32 + 2 * row, 0, 2);  // padding
   for (int j = 0; j < 16; ++j)
     out[PackedQ6_K::kScales + 16 * j + row] = src[offsetof(BlockQ6_K, scales) + j];
   for (int s = 0; s < 8; ++s) {
     const int half = s / 4, part = s % 4;
     const uint8_t* ql = src + offsetof(BlockQ6_K, ql) + 64 * half + 32 * (part % 2);
-    const uint8_t* qh = src + offsetof(BlockQ6_K, qh) + 32 * half;
     const int shift = 4 * (part / 2);
-    uint8_t* codes = out + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * s + 4 * row;
+    uint8_t* codes = out + PackedQ6_K::kCodes + PackedQ6_K::kSubBytes * s;
     for (int j = 0; j < 4; ++j)
-      store32(codes + 64 * j, (load32(ql + 4 * j) >> shift & kNibbles) |
-                                  (load32(ql + 16 + 4 * j) >> shift & kNibbles) << 4);
-    uint8_t* high = codes + PackedQ6_K::kHigh;
-    for (int v = 0; v < 2; ++v) {
-      uint32_t bits = 0;
-      for (int p = 0; p < 4; ++p)
-        bits |= (load32(qh + 16 * v + 4 * p) >> (2 * part) & 0x03030303u) << (2 * p);
-      store32(high + 64 * v, bits);
-    }
+      store32(codes + 64 * j + 4 * row, (load32(ql + 4 * j) >> shift & kNibbles) |
+                                            (load32(ql + 16 + 4 * j) >> shift & kNibbles) << 4);
+    pack_bit_pairs(src + offsetof(BlockQ6_K, qh) + 32 * half, 2 * part, row,
+                   codes + PackedQ6_K::kHigh);
   }
 }
 
-constexpr PackBlock kPackBlock[kPackedTypes] = {pack_q8_0, pack_q4_0, pack_q4_k, pack_q5_k,
-                                                pack_q6_k};
+void pack_iq4_xs(const uint8_t* src, int row, uint8_t* out) noexcept {
+  pack_factor(src, 0, row, out);
+  const uint8_t* low = src + offsetof(BlockIQ4_XS, scales_l);
+  const uint8_t* high = src + offsetof(BlockIQ4_XS, scales_h);
+  uint8_t scales[8];
+  for (int j = 0; j < 8; ++j)
+    scales[j] = static_cast<uint8_t>((low[j / 2] >> (4 * (j % 2)) & 15) |
+                                     (high[j / 4] >> (2 * (j % 4)) & 3) << 4);
+  pack_six_bits(scales, 8, row, out + PackedIQ4_XS::kScales, out + PackedIQ4_XS::kHighScales);
+  for (int s = 0; s < 8; ++s)
+    pack_pairs(src + offsetof(BlockIQ4_XS, qs) + 16 * s, row,
+               out + PackedIQ4_XS::kCodes + PackedIQ4_XS::kSubBytes * s);
+}
+
+constexpr PackBlock kPackBlock[kPackedTypes] = {pack_q8_0, pack_q4_0,   pack_q4_1, pack_q5_0,
+                                                pack_q5_1, pack_iq4_nl, pack_q2_k, pack_q3_k,
+                                                pack_q4_k, pack_q5_k,   pack_q6_k, pack_iq4_xs};
 
 }  // namespace
 
@@ -121,6 +222,20 @@ PackedType packed_type(DType dtype) noexcept {
       return kPackedQ8_0;
     case DType::kQ4_0:
       return kPackedQ4_0;
+    case DType::kQ4_1:
+      return kPackedQ4_1;
+    case DType::kQ5_0:
+      return kPackedQ5_0;
+    case DType::kQ5_1:
+      return kPackedQ5_1;
+    case DType::kIQ4_NL:
+      return kPackedIQ4_NL;
+    case DType::kIQ4_XS:
+      return kPackedIQ4_XS;
+    case DType::kQ2_K:
+      return kPackedQ2_K;
+    case DType::kQ3_K:
+      return kPackedQ3_K;
     case DType::kQ4_K:
       return kPackedQ4_K;
     case DType::kQ5_K:

@@ -13,7 +13,8 @@ using namespace fathom::cpu_test;
 TEST_CASE("AMX integer products equal the scalar ones", "[cpu][amx]") {
   const cpu::MatmulKernels amx = cpu::amx_table();
   const cpu::MatmulKernels& scalar = cpu::matmul_kernels(cpu::Isa::kScalar);
-  for (const DType dtype : {DType::kQ8_0, DType::kQ4_0, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K}) {
+  for (const DType dtype : weight_dtypes()) {
+    if (cpu::packed_type(dtype) == cpu::kPackedTypes) continue;
     for (const int64_t n_rows : {1, 11, 12, 16, 17, 63, 64, 65, 130}) {
       Rng rng(61);
       const int64_t cols = 512, rows = 40;

@@ -110,7 +110,7 @@ TEST_CASE("experts on every instruction set", "[cpu][experts]") {
           random_experts(rng, DType::kBF16, DType::kBF16, 7, 52, 36),
           random_experts(rng, DType::kQ8_0, DType::kQ8_0, 8, 64, 96),
           random_experts(rng, DType::kQ4_K, DType::kQ8_0, 5, 256, 352),
-          random_experts(rng, DType::kIQ4_NL, DType::kQ4_0, 6, 64, 64),
+          random_experts(rng, DType::kMXFP4, DType::kQ4_0, 6, 64, 64),
       };
       for (const Experts& e : sets) {
         const int64_t n = e.gate.weight.count;

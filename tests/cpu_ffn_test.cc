@@ -73,8 +73,8 @@ TEST_CASE("ffn on every instruction set", "[cpu][ffn]") {
           random_network(rng, DType::kQ8_0, DType::kQ8_0, DType::kQ8_0, 96, 160),
           random_network(rng, DType::kQ4_K, DType::kQ6_K, DType::kQ8_0, 256, 96),
           random_network(rng, DType::kQ4_K, DType::kQ4_K, DType::kQ6_K, 256, 768),
-          random_network(rng, DType::kQ4_0, DType::kQ4_0, DType::kIQ4_NL, 64, 96),
-          random_network(rng, DType::kIQ4_NL, DType::kQ5_0, DType::kQ4_0, 64, 96),
+          random_network(rng, DType::kQ4_0, DType::kQ4_0, DType::kMXFP4, 64, 96),
+          random_network(rng, DType::kMXFP4, DType::kQ5_0, DType::kQ4_0, 64, 96),
           random_network(rng, DType::kQ8_0, DType::kF32, DType::kF32, 64, 50),
       };
       for (const Network& n : networks)

@@ -96,7 +96,8 @@ TEST_CASE("matmul of no rows touches nothing", "[cpu][matmul]") {
 
 TEST_CASE("the number of threads does not change a bit", "[cpu][matmul]") {
   for (const cpu::Isa isa : runnable_isas()) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kQ4_K, DType::kIQ4_NL}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kQ4_K, DType::kQ2_K, DType::kQ3_K,
+                              DType::kIQ4_XS, DType::kMXFP4}) {
       for (const Numerics numerics : {Numerics::kExact, Numerics::kFast}) {
         for (const int64_t n_rows : {1, 33}) {
           std::vector<float> first;
@@ -282,8 +283,8 @@ TEST_CASE("integer products equal the scalar ones on the same codes", "[cpu][mat
   const cpu::MatmulKernels& scalar = cpu::matmul_kernels(cpu::Isa::kScalar);
   for (const cpu::Isa isa : runnable_isas()) {
     const cpu::MatmulKernels& kernels = cpu::matmul_kernels(isa);
-    for (const DType dtype :
-         {DType::kQ8_0, DType::kQ4_0, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K}) {
+    for (const DType dtype : weight_dtypes()) {
+      if (cpu::packed_type(dtype) == cpu::kPackedTypes) continue;
       Rng rng(19);
       const int64_t cols = 1024;
       TestWeight t = random_weight(rng, dtype, 40, cols);
@@ -339,6 +340,21 @@ TEST_CASE("NaN and infinity stay visible in fast numerics", "[cpu][matmul]") {
       for (const float v : out) CHECK(!std::isfinite(v));
     }
   }
+}
+
+TEST_CASE("types in circulation are packed", "[cpu][matmul]") {
+  int packed = 0;
+  for (const DType dtype :
+       {DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1, DType::kIQ4_NL,
+        DType::kQ2_K, DType::kQ3_K, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K, DType::kIQ4_XS})
+    packed |= 1 << cpu::packed_type(dtype);
+  CHECK(packed == (1 << cpu::kPackedTypes) - 1);  // each has a layout, and a different one
+  for (const cpu::Isa isa : runnable_isas())
+    for (int type = 0; type < cpu::kPackedTypes; ++type) {
+      INFO(cpu::isa_name(isa) << " type " << type);
+      CHECK(cpu::matmul_kernels(isa).int8_product[type] != nullptr);
+      CHECK(cpu::matmul_kernels(isa).unpack[type] != nullptr);
+    }
 }
 
 namespace {

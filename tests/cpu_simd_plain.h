@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/matmul_kernels.h"
+#include "fathom/quant.hpp"
 #include "fathom/tensor.hpp"
 
 namespace fathom::cpu {
@@ -175,8 +176,36 @@ template <int kPair>
 B b_high_bits(B codes, B bits) {
   return b_each([&](int i) { return codes.v[i] | (bits.v[i] >> (2 * kPair) & 3) << 4; });
 }
+template <int kPair>
+B b_bit_pair(B bits) {
+  return b_each([&](int i) { return bits.v[i] >> (2 * kPair) & 3; });
+}
+template <int kBit>
+B b_third_bit(B codes, B bits) {
+  return b_each([&](int i) { return codes.v[i] | (bits.v[i] >> kBit & 1) << 2; });
+}
 B b_signed(B v) {
   return v;
+}
+B b_iq4_values(B codes) {
+  return b_each([&](int i) { return kIQ4Values[codes.v[i]]; });
+}
+I i_load_u8(const void* p) {
+  return i_each([&](int i) { return int32_t{static_cast<const uint8_t*>(p)[i]}; });
+}
+I i_and(I v, int32_t mask) {
+  return i_each([&](int i) { return v.v[i] & mask; });
+}
+I i_or(I a, I b) {
+  return i_each([&](int i) { return a.v[i] | b.v[i]; });
+}
+I i_shift_right(I v, int n) {
+  return i_each([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) >> n); });
+}
+template <int kBits>
+I i_shift_left(I v) {
+  return i_each(
+      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) << kBits); });
 }
 template <int kByte>
 I i_byte(B v) {
