@@ -234,10 +234,15 @@ FATHOM_API int32_t FATHOM_CALL fathom_engine_device(const fathom_engine *eng, ui
                                                     fathom_device_info *info, uint32_t *count,
                                                     fathom_error *err);
 
-/* Changes a device's budget from now on.  Below what is held: nothing is taken away, growth is
- * refused.  Since 0.1. */
+/* Changes a device's budget from now on.  Below what is held: nothing is taken away at once; the
+ * next growth of a session climbs its ladder ("kv.ladder") until it fits, or is refused.
+ * Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_engine_set_budget(fathom_engine *eng, int32_t device,
                                                         uint64_t bytes, fathom_error *err);
+
+/* The same for the sum of all devices whose memory is the host's ("budget.host").  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_engine_set_host_budget(fathom_engine *eng, uint64_t bytes,
+                                                             fathom_error *err);
 
 /* Since 0.1. */
 FATHOM_API void FATHOM_CALL fathom_engine_free(fathom_engine *eng);

@@ -222,6 +222,14 @@ int32_t fathom_engine_set_budget(fathom_engine* eng, int32_t device, uint64_t by
   });
 }
 
+int32_t fathom_engine_set_host_budget(fathom_engine* eng, uint64_t bytes, fathom_error* err) {
+  return call(err, [&]() -> Status {
+    FATHOM_TRY(check_handle(eng, "eng"));
+    FATHOM_TRY_ASSIGN(const int64_t budget, to_int64("bytes", bytes));
+    return eng->engine.set_host_budget(budget);
+  });
+}
+
 void fathom_engine_free(fathom_engine* eng) {
   free_handle(eng);
 }

@@ -62,6 +62,7 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("eng", fathom_engine_device(NULL, 0, &device_info, &count, err));
   CHECK_NULL("info", fathom_engine_device(f->engine, 0, NULL, NULL, err));
   CHECK_NULL("eng", fathom_engine_set_budget(NULL, 0, 1, err));
+  CHECK_NULL("eng", fathom_engine_set_host_budget(NULL, 1, err));
   CHECK_NULL("out", fathom_cancel_create(NULL, err));
 
   CHECK_NULL("eng", fathom_plan_create(NULL, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));

@@ -114,6 +114,8 @@ static void test_engine(void) {
   EXPECT_OK(fathom_engine_device(engine, 1, &info, NULL, err));
   EXPECT(info.bytes_budget == 12345678);
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_set_budget(engine, 2, 1, err));
+  EXPECT_OK(fathom_engine_set_host_budget(engine, (uint64_t)1 << 40, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_set_host_budget(engine, (uint64_t)1 << 63, err));
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_set_budget(engine, -1, 1, err));
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_set_budget(engine, 0, (uint64_t)1 << 63, err));
   fathom_engine_free(engine);

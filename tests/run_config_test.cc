@@ -43,6 +43,10 @@ TEST_CASE("defaults are those of the fields, and valid") {
   CHECK(text(config, "context.reserve") == "0");
   CHECK(text(config, "kv.type") == "auto");
   CHECK(text(config, "kv.page_tokens") == "auto");
+  CHECK(text(config, "kv.tiers") == "device");
+  CHECK(text(config, "kv.spill_folder") == "/var/tmp");
+  CHECK(text(config, "kv.ladder") == "chunk,spill,file");
+  CHECK(text(config, "kv.ladder_type") == "q8_0");
   CHECK(text(config, "prefill.chunk") == "auto");
   CHECK(text(config, "attention.form") == "auto");
   CHECK(text(config, "sessions.max") == "1");
@@ -66,6 +70,14 @@ TEST_CASE("set reaches the field, auto clears it") {
   CHECK(config.kv_type == KvType::kF8);
   REQUIRE(config.set("kv.page_tokens", "128").ok());
   CHECK(config.kv_page_tokens == 128);
+  REQUIRE(config.set("kv.tiers", "device,file").ok());
+  CHECK(config.kv_tiers == std::vector{KvTier::kDevice, KvTier::kFile});
+  REQUIRE(config.set("kv.spill_folder", "/scratch/fathom").ok());
+  CHECK(config.kv_spill_folder == "/scratch/fathom");
+  REQUIRE(config.set("kv.ladder", "file,requantise").ok());
+  CHECK(config.kv_ladder == std::vector{LadderStep::kFile, LadderStep::kRequantise});
+  REQUIRE(config.set("kv.ladder_type", "q4_0").ok());
+  CHECK(config.kv_ladder_type == KvType::kQ4_0);
   REQUIRE(config.set("prefill.chunk", "8192").ok());
   CHECK(config.prefill_chunk == 8192);
   REQUIRE(config.set("attention.form", "expanded").ok());
@@ -98,6 +110,14 @@ TEST_CASE("a refused value is named with its key and range, and changes nothing"
         "kv.type = \"f64\": must be auto, f32, bf16, f16, fp8, q8_0, q4_0");
   for (const char* v : {"48", "8", "8192", "64.0", "0x40"})
     CHECK_THAT(refusal("kv.page_tokens", v), Contains("a power of two in [16, 4096]"));
+  CHECK(refusal("kv.ladder", "chunk,swap") ==
+        "kv.ladder = \"chunk,swap\": must be none, or some of chunk, spill, requantise, file, "
+        "separated by commas");
+  CHECK_THAT(refusal("kv.ladder", "file,file"), Contains("file is named twice"));
+  CHECK_THAT(refusal("kv.ladder", ""), Contains("must be none"));
+  CHECK_THAT(refusal("kv.ladder", "chunk,"), Contains("must be none"));
+  for (const char* v : {"", "tmp", "./tmp", "/tmp/\n"})
+    CHECK_THAT(refusal("kv.spill_folder", v), Contains("an absolute path"));
   for (const char* v : {"0", "8193", "1e3", "512 ", " 512", "+512", "", "1,5", "512K"})
     CHECK_THAT(refusal("prefill.chunk", v), Contains("an integer in [1, 8192]"));
   CHECK_THAT(refusal("sessions.max", "auto"), Contains("an integer in [1, 4096]"));
@@ -374,4 +394,21 @@ TEST_CASE("the schema is complete: every key can be set to its default and to it
       }
     CHECK(!takes("nonsense?"));
   }
+}
+
+TEST_CASE("tiers begin with the device and go down; a ladder may be none") {
+  Config config;
+  for (const char* tiers : {"none", "host", "file", "device,file,host", "host,device"}) {
+    REQUIRE(config.set("kv.tiers", tiers).ok());
+    INFO(tiers);
+    CHECK_THAT(message(config.validate()), Contains("it begins with device"));
+  }
+  REQUIRE(config.set("kv.tiers", "device,host,file").ok());
+  CHECK(config.validate().ok());
+  REQUIRE(config.set("kv.ladder", "none").ok());
+  CHECK(config.kv_ladder.empty());
+  CHECK(text(config, "kv.ladder") == "none");
+  CHECK(config.validate().ok());
+  REQUIRE(config.merge_json(R"({"kv": {"ladder": ["requantise", "file"]}})").ok());
+  CHECK(text(config, "kv.ladder") == "requantise,file");
 }

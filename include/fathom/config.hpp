@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "fathom/backend.hpp"
 #include "fathom/kv_page.hpp"
@@ -26,6 +27,25 @@ enum class WeightsType : uint8_t { kBF16, kF16, kF8, kQ8_0, kQ4_K };
 constexpr std::string_view weights_type_name(WeightsType type) noexcept {
   constexpr std::string_view kNames[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
   return kNames[static_cast<int>(type)];
+}
+
+// Where cache pages may live, best first.
+enum class KvTier : uint8_t { kDevice, kHost, kFile };
+constexpr std::string_view kv_tier_name(KvTier tier) noexcept {
+  constexpr std::string_view kNames[] = {"device", "host", "file"};
+  return kNames[static_cast<int>(tier)];
+}
+
+// What a session may do when a page or a pass does not fit its budget.
+//   kChunk       prefill in shorter passes, which frees scratch; the text takes longer to read
+//   kSpill       cold pages to host memory; same bits
+//   kRequantise  cold pages into a smaller type, down to kv.ladder_type; costs quality
+//   kFile        cold pages to the session's spill file; same bits, every later token reads them
+enum class LadderStep : uint8_t { kChunk, kSpill, kRequantise, kFile };
+inline constexpr int kLadderStepCount = 4;
+constexpr std::string_view ladder_step_name(LadderStep step) noexcept {
+  constexpr std::string_view kNames[] = {"chunk", "spill", "requantise", "file"};
+  return kNames[static_cast<int>(step)];
 }
 
 struct Config {
@@ -54,6 +74,22 @@ struct Config {
   // kv.page_tokens: tokens per page, a power of two in [16, 4096].  auto: 64 or what makes a page
   // about 2 MiB.
   std::optional<int64_t> kv_page_tokens;
+
+  // kv.tiers: where cache pages may live: device, then host (memory of the host, for devices that
+  // have their own), then file.  Beyond `device` the plan adds a staging buffer per session, through
+  // which attention reads what was moved.  Default: device.
+  std::vector<KvTier> kv_tiers = {KvTier::kDevice};
+  // kv.spill_folder: where the file tier keeps one file per session, without a name, so that it is
+  // gone with the process however that ends.  Absolute path; it should lie on a disk: a folder in
+  // memory (tmpfs) frees none.  Default: /var/tmp.
+  std::string kv_spill_folder = "/var/tmp";
+  // kv.ladder: what is done, in this order, when memory ends: any of chunk, spill, requantise, file;
+  // after the last one the session is full (kContextFull) and intact.  Steps that do not apply are
+  // passed over: spill and file without their tier, chunk with a pinned prefill.chunk.  none: a
+  // budget that ends is kBudget at once.  Default: the steps that cost no quality.
+  std::vector<LadderStep> kv_ladder = {LadderStep::kChunk, LadderStep::kSpill, LadderStep::kFile};
+  // kv.ladder_type: the smallest type that requantise may reach.  Default: q8_0.
+  KvType kv_ladder_type = KvType::kQ8_0;
 
   // prefill.chunk: tokens per prefill pass; activations and workspace grow with it.  auto: 512, or
   // less when the budget asks for it.  [1, 8192]

@@ -81,9 +81,12 @@ class Engine {
   MemorySnapshot memory() const;
   // Peaks restart from what is held now.
   void reset_peaks() noexcept;
-  // Changes a device's budget from now on.  Below what is held: nothing is taken away, further
-  // growth is refused.  Errors: kInvalidArgument.
+  // Changes a device's budget from now on.  Below what is held: nothing is taken away at once; the
+  // next growth of a session climbs its ladder (kv.ladder) until it fits, or is refused.
+  // Errors: kInvalidArgument.
   Status set_budget(int device, int64_t bytes);
+  // The same for the sum of all devices whose memory is the host's.
+  Status set_host_budget(int64_t bytes);
 
   explicit Engine(std::shared_ptr<run::EngineState>) noexcept;
   const std::shared_ptr<run::EngineState>& state() const noexcept { return state_; }

@@ -50,6 +50,8 @@ struct DeviceMemory {
 struct MemorySnapshot {
   std::vector<DeviceMemory> devices;
   std::vector<MemoryItem> items;  // devices x purposes, device-major, all purposes present
+  // The sum over the devices whose memory is the host's, and what bounds it ("budget.host").
+  int64_t host_budget_bytes = 0, host_bytes_now = 0;
   const MemoryItem& item(int device, Purpose purpose) const {
     return items[static_cast<size_t>(device * kPurposeCount + static_cast<int>(purpose))];
   }

@@ -7,9 +7,22 @@
 namespace fathom::nn {
 namespace {
 
+// Calls attend(piece, begin, finish) for rows [0, end_row) of a layer, as the cache brings them in.
+// False when it could not.
+template <class Attend>
+bool each_piece(const Step& s, const LayerRows& rows, int64_t end_row, Attend&& attend) noexcept {
+  for (int64_t row = 0; row < end_row;) {
+    const KvRows piece = rows.source.piece(rows.stage, rows.layer_slot, s.op, row, end_row);
+    if (piece.n_rows == 0) return false;
+    attend(piece, row == 0, row + piece.n_rows == end_row);
+    row += piece.n_rows;
+  }
+  return true;
+}
+
 // b.q -> b.attn, queries taken into latent space: score = (W_k q) . c, value = W_v (p . c).
 // Equal to the expanded form because W_k and W_v are linear and shared by all rows.
-void attend_absorbed(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+void attend_absorbed(const Step& s, const LayerWeights& w, const LayerRows& rows) noexcept {
   const ModelConfig& c = s.config;
   const Scratch& b = s.scratch;
   const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
@@ -26,21 +39,26 @@ void attend_absorbed(const Step& s, const LayerWeights& w, const KvRows& rows) n
                                  .out = b.q_absorbed,  // [n, n_heads, kv_lora_rank]
                                  .out_token_stride = heads * rank,
                                  .out_head_stride = rank});
-    KvRows seen = rows;  // rows beyond the block's last query would be masked anyway
-    seen.n_rows = s.first_position + t + n;
-    s.device.attend_absorbed(s.op, {.q_latent = b.q_absorbed,
-                                    .q_latent_token_stride = heads * rank,
-                                    .q_latent_head_stride = rank,
-                                    .q_rope = q + c.qk_nope_head_dim,
-                                    .q_rope_token_stride = q_token,
-                                    .q_rope_head_stride = c.qk_head_dim(),
-                                    .n_tokens = n,
-                                    .n_heads = heads,
-                                    .first_position = s.first_position + t,
-                                    .scale = static_cast<float>(s.rope.softmax_scale),
-                                    .rows = seen,
-                                    .state = b.attn_state,
-                                    .out = b.attn_absorbed});
+    // Rows beyond the block's last query would be masked anyway.
+    const bool complete = each_piece(
+        s, rows, s.first_position + t + n, [&](const KvRows& piece, bool begin, bool finish) {
+          s.device.attend_absorbed(s.op, {.q_latent = b.q_absorbed,
+                                          .q_latent_token_stride = heads * rank,
+                                          .q_latent_head_stride = rank,
+                                          .q_rope = q + c.qk_nope_head_dim,
+                                          .q_rope_token_stride = q_token,
+                                          .q_rope_head_stride = c.qk_head_dim(),
+                                          .n_tokens = n,
+                                          .n_heads = heads,
+                                          .first_position = s.first_position + t,
+                                          .scale = static_cast<float>(s.rope.softmax_scale),
+                                          .rows = piece,
+                                          .state = b.attn_state,
+                                          .begin = begin,
+                                          .finish = finish,
+                                          .out = b.attn_absorbed});
+        });
+    if (!complete) return;
     s.device.heads_matmul(s.op, {.x = b.attn_absorbed,
                                  .x_token_stride = heads * rank,
                                  .x_head_stride = rank,
@@ -54,24 +72,29 @@ void attend_absorbed(const Step& s, const LayerWeights& w, const KvRows& rows) n
 }
 
 // b.q -> b.attn, keys and values expanded tile by tile inside the operation.
-void attend_expanded(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+void attend_expanded(const Step& s, const LayerWeights& w, const LayerRows& rows) noexcept {
   const ModelConfig& c = s.config;
   const Scratch& b = s.scratch;
-  s.device.attend_expanded(s.op, {.q = b.q,
-                                  .q_token_stride = c.num_attention_heads * c.qk_head_dim(),
-                                  .q_head_stride = c.qk_head_dim(),
-                                  .n_tokens = s.n_tokens,
-                                  .n_heads = c.num_attention_heads,
-                                  .qk_nope_head_dim = c.qk_nope_head_dim,
-                                  .v_head_dim = c.v_head_dim,
-                                  .first_position = s.first_position,
-                                  .scale = static_cast<float>(s.rope.softmax_scale),
-                                  .k_b = &w.k_b,
-                                  .k_b_transposed = w.k_b_transposed,
-                                  .v_b = &w.v_b,
-                                  .rows = rows,
-                                  .state = b.attn_state,
-                                  .out = b.attn});
+  const auto attend = [&](const KvRows& piece, bool begin, bool finish) {
+    s.device.attend_expanded(s.op, {.q = b.q,
+                                    .q_token_stride = c.num_attention_heads * c.qk_head_dim(),
+                                    .q_head_stride = c.qk_head_dim(),
+                                    .n_tokens = s.n_tokens,
+                                    .n_heads = c.num_attention_heads,
+                                    .qk_nope_head_dim = c.qk_nope_head_dim,
+                                    .v_head_dim = c.v_head_dim,
+                                    .first_position = s.first_position,
+                                    .scale = static_cast<float>(s.rope.softmax_scale),
+                                    .k_b = &w.k_b,
+                                    .k_b_transposed = w.k_b_transposed,
+                                    .v_b = &w.v_b,
+                                    .rows = piece,
+                                    .state = b.attn_state,
+                                    .begin = begin,
+                                    .finish = finish,
+                                    .out = b.attn});
+  };
+  (void)each_piece(s, rows, s.first_position + s.n_tokens, attend);
 }
 
 }  // namespace
@@ -84,7 +107,7 @@ int64_t expanded_crossover_rows(const ModelConfig& c) noexcept {
   return (up + absorbed - expanded - 1) / (absorbed - expanded);
 }
 
-void mla_attention(const Step& s, const LayerWeights& w, const KvRows& rows) noexcept {
+void mla_attention(const Step& s, const LayerWeights& w, const LayerRows& rows) noexcept {
   const ModelConfig& c = s.config;
   const Scratch& b = s.scratch;
   const int64_t n = s.n_tokens, hidden = c.hidden_size;
@@ -110,7 +133,7 @@ void mla_attention(const Step& s, const LayerWeights& w, const KvRows& rows) noe
                        .cos_sin = b.cos_sin});
 
   s.device.matmul(s.op, {b.x_norm, hidden, n, &w.kv_a, b.kv, c.kv_row_dim()});
-  KvRows fresh = rows;
+  KvRows fresh = rows.source.rows(rows.stage, rows.layer_slot, s.first_position + n);
   fresh.first_row = s.first_position;
   fresh.n_rows = n;
   s.device.kv_append(s.op, {.kv = b.kv,

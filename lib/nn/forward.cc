@@ -67,7 +67,11 @@ Status forward(const ForwardParams& p) {
       }
       const int64_t layer = stage.first_layer + slot;
       const LayerWeights& w = p.weights.layers[static_cast<size_t>(layer)];
-      mla_attention(step, w, p.cache.rows(static_cast<int>(i), slot, p.first_position + n));
+      mla_attention(step, w, {p.cache, static_cast<int>(i), slot});
+      if (Status brought = p.cache.status(); !brought.ok()) {
+        FATHOM_TRY(stage.device->sync(stage.op));
+        return brought;
+      }
       feed_forward(step, w, c.is_moe_layer(layer));
       if (p.trace) FATHOM_TRY(trace_layer(p, stage, layer));
     }

@@ -18,16 +18,6 @@ struct Stage {
   int64_t first_layer = 0, n_layers = 0;
 };
 
-// Where the rows of a layer are: implemented by the session's KVCache.
-class RowSourceOf {
- public:
-  // Rows [0, n_rows) of the layer_slot-th layer of stage `stage`.
-  virtual KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept = 0;
-
- protected:
-  ~RowSourceOf() = default;
-};
-
 struct ForwardParams {
   const ModelConfig& config;
   const Rope& rope;
@@ -44,7 +34,7 @@ struct ForwardParams {
 };
 
 // Runs the pass; the residual stream stays in the last stage's scratch.x.  Writes cache rows but
-// does not commit them.  Errors: kCancelled, kDevice.
+// does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().
 Status forward(const ForwardParams& params);
 
 // After forward(): logits of rows [first_row, first_row + n_rows) of the pass, n_rows <=

@@ -55,14 +55,46 @@ struct Step {
   AttentionForm form;
 };
 
+// Where the rows of a layer are: implemented by the session's cache.  `stage` counts the devices of
+// a pass, `layer_slot` the layers of that device.
+class RowSourceOf {
+ public:
+  // Rows [0, n_rows), of which those that a pass writes are resident.
+  virtual KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept = 0;
+  // The rows to attend to next, from `first_row` (0, or where the piece before ended) to `end_row`
+  // at most, all resident.  Pieces meet at multiples of kKvSplitRows; each is good until the next
+  // is asked for, which may wait for `op`.  No rows: they could not be brought in, and status()
+  // says why.  A cache whose pages are all resident has one piece.
+  virtual KvRows piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                       int64_t end_row) const noexcept {
+    (void)op;
+    KvRows all = rows(stage, layer_slot, end_row);
+    all.first_row = first_row;
+    all.n_rows = end_row - first_row;
+    return all;
+  }
+  // What went wrong since the pass began.
+  virtual Status status() const noexcept { return {}; }
+
+ protected:
+  ~RowSourceOf() = default;
+};
+
+// The rows of one layer on one device.
+struct LayerRows {
+  const RowSourceOf& source;
+  int stage;
+  int64_t layer_slot;
+};
+
 // Chunks of at least this many rows are cheaper in expanded form: expanding a row costs
 // kv_lora_rank * (nope + v) once per chunk and head, and saves (2 kv_lora_rank + rope) -
 // (nope + rope + v) per query and head.  max int64 where absorbed is always cheaper.
 int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 
-// x += W_o attention(norm(x)).  Writes this pass's rows into `rows` (first_row == 0, n_rows ==
-// first_position + n_tokens) and attends over all of them.
-void mla_attention(const Step& step, const LayerWeights& weights, const KvRows& rows) noexcept;
+// x += W_o attention(norm(x)).  Writes this pass's rows into `rows` and attends over all of them.
+// What is left in x is of no use when rows.source.status() tells of a failure.
+void mla_attention(const Step& step, const LayerWeights& weights, const LayerRows& rows) noexcept;
 
 // x += ffn(norm(x)): dense, or routed and shared experts.
 void feed_forward(const Step& step, const LayerWeights& weights, bool moe) noexcept;

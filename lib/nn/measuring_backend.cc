@@ -7,6 +7,19 @@
 namespace fathom::nn {
 namespace {
 
+// Rows of made-up pages: shapes and a type, no data.
+class MeasuredRows final : public RowSourceOf {
+ public:
+  MeasuredRows(KvType type, KvLayout layout) noexcept : page_{nullptr, type}, layout_(layout) {}
+  KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
+    return {&page_, layout_, layer_slot, 0, n_rows};
+  }
+
+ private:
+  KvPage page_;
+  KvLayout layout_;
+};
+
 class MeasuringBackend final : public Backend {
  public:
   explicit MeasuringBackend(const Backend& real) : real_(real) {}
@@ -82,8 +95,7 @@ int64_t measure_workspace(const Backend& device, const ModelConfig& config, cons
                           int64_t page_tokens) {
   MeasuringBackend measuring(device);
   const Rope rope = make_rope(config);
-  KvPage page{nullptr, kv_type};
-  const KvRows rows{&page, {page_tokens, config.kv_lora_rank, config.qk_rope_head_dim}, 0, 0, 0};
+  const MeasuredRows rows(kv_type, {page_tokens, config.kv_lora_rank, config.qk_rope_head_dim});
 
   // Workspaces grow with the rows of a pass, so the longest pass of each form decides; the
   // smallest is asked too, since few rows may take other kernels.
@@ -94,7 +106,7 @@ int64_t measure_workspace(const Backend& device, const ModelConfig& config, cons
     const Step step{measuring, {}, config, rope, scratch, n, 0, form};
     for (int64_t l = first_layer; l < first_layer + n_layers; ++l) {
       const LayerWeights& w = weights.layers[static_cast<size_t>(l)];
-      mla_attention(step, w, rows);
+      mla_attention(step, w, {rows, 0, 0});
       feed_forward(step, w, config.is_moe_layer(l));
     }
     logits(step, weights, 0, std::min(n, kLogitRows));

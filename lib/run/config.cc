@@ -144,6 +144,12 @@ Status Config::validate() const {
     return conflict("kv.recent_16bit",
                     fmt::format("kv.recent_16bit = {} is less than prefill.chunk = {}",
                                 kv_recent_16bit, *prefill_chunk));
+  for (size_t i = 0; i < kv_tiers.size() || i == 0; ++i)
+    if (kv_tiers.empty() || kv_tiers.front() != KvTier::kDevice ||
+        (i > 0 && kv_tiers[i] <= kv_tiers[i - 1]))
+      return conflict("kv.tiers", fmt::format("kv.tiers = {}: the order is device, host, file, and "
+                                              "it begins with device",
+                                              *get("kv.tiers")));
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(devices));
   for (const auto& [name, bytes] : budget)
     if (name != "host" && std::find(names.begin(), names.end(), name) == names.end())

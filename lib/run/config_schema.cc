@@ -15,7 +15,8 @@
 namespace fathom::run {
 namespace {
 
-constexpr std::string_view kAuto = "auto";
+constexpr std::string_view kAuto = "auto", kNone = "none";
+constexpr std::string_view kFolder = "folder";
 constexpr int64_t kMaxBudget = int64_t{1} << 50;
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 
@@ -27,6 +28,8 @@ constexpr std::array<std::string_view, kKvTypeCount> kKvTypes = [] {
 }();
 // In the order of the enumerators.
 constexpr std::string_view kWeightsTypes[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
+constexpr std::string_view kTiers[] = {"device", "host", "file"};
+constexpr std::string_view kLadderSteps[] = {"chunk", "spill", "requantise", "file"};
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
 constexpr std::string_view kNumerics[] = {"fast", "exact"};
 constexpr std::string_view kIsas[] = {"auto", "scalar", "avx2", "avx512", "amx"};
@@ -65,9 +68,37 @@ requires std::is_enum_v<Enum> Status parse(const Setting& setting, std::string_v
   return {};
 }
 
+// Words separated by commas, each at most once; "none" is the empty list.
+template <class Enum>
+Status parse(const Setting& setting, std::string_view key, std::string_view text,
+             std::vector<Enum>& out) {
+  std::vector<Enum> list;
+  for (size_t at = 0; text != kNone && at <= text.size();) {
+    const size_t comma = std::min(text.find(',', at), text.size());
+    const auto found =
+        std::find(setting.choices.begin(), setting.choices.end(), text.substr(at, comma - at));
+    if (found == setting.choices.end()) return refuse(setting, key, text);
+    const auto word = static_cast<Enum>(found - setting.choices.begin());
+    if (std::find(list.begin(), list.end(), word) != list.end())
+      return Status(Code::kConfig,
+                    fmt::format("{} = {}: {} is named twice", key, shown(text), *found))
+          .about(key);
+    list.push_back(word);
+    at = comma + 1;
+  }
+  out = std::move(list);
+  return {};
+}
+
 Status parse(const Setting& setting, std::string_view key, std::string_view text,
              std::string& out) {
-  if (!setting.choices.empty()) {
+  if (setting.unit == kFolder) {
+    constexpr size_t kMost = 1024;
+    const bool printable =
+        std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 || c < 0; });
+    if (!text.starts_with('/') || text.size() > kMost || !printable)
+      return refuse(setting, key, text);
+  } else if (!setting.choices.empty()) {
     if (std::find(setting.choices.begin(), setting.choices.end(), text) == setting.choices.end())
       return refuse(setting, key, text);
   } else if (Result<std::vector<std::string>> devices = parse_devices(text); !devices.ok()) {
@@ -91,11 +122,26 @@ requires std::is_enum_v<Enum> std::string text_of(const Setting& setting, Enum v
                                         : fmt::format("{}", index);
 }
 
+template <class Enum>
+std::string text_of(const Setting& setting, const std::vector<Enum>& list) {
+  std::string out;
+  for (const Enum value : list) {
+    if (!out.empty()) out += ',';
+    out += text_of(setting, value);
+  }
+  return out.empty() ? std::string(kNone) : out;
+}
+
 std::string text_of(const Setting&, const std::string& value) {
   return value;
 }
 
 // ---- a row's functions, by the type of its field ----
+
+template <class T>
+struct IsList : std::false_type {};
+template <class T>
+struct IsList<std::vector<T>> : std::true_type {};
 
 template <class T>
 struct IsOptional : std::false_type {};
@@ -156,10 +202,12 @@ constexpr Setting row(Setting setting) {
   using Field = FieldOf<Member>;
   setting.takes_auto =
       IsOptional<Field>::value || std::is_same_v<Field, std::map<std::string, int64_t>>;
-  setting.type = !setting.choices.empty()  ? "choice"
-                 : setting.unit == "bytes" ? "bytes"
-                 : setting.unit.empty()    ? "devices"
-                                           : "integer";
+  setting.type = IsList<Field>::value       ? "list"
+                 : !setting.choices.empty() ? "choice"
+                 : setting.unit == kFolder  ? "folder"
+                 : setting.unit == "bytes"  ? "bytes"
+                 : setting.unit.empty()     ? "devices"
+                                            : "integer";
   setting.set = set_field<Member>;
   setting.get = get_field<Member>;
   return setting;
@@ -223,6 +271,30 @@ constexpr Setting kSettings[] = {
          .power_of_two = true,
          .memory = "the cache grows and shrinks by whole pages; on average half a page is unused",
          .text = "Tokens per cache page; auto: 64, or what makes a page about 2 MiB."}),
+    row<&Config::kv_tiers>(
+        {.key = "kv.tiers",
+         .choices = kTiers,
+         .memory = "beyond device: a staging buffer per session; pages in the file take no memory",
+         .text = "Where cache pages may live, best first; host is for devices with memory of their "
+                 "own."}),
+    row<&Config::kv_spill_folder>(
+        {.key = "kv.spill_folder",
+         .unit = kFolder,
+         .memory = "a folder in memory (tmpfs) would free none",
+         .text = "Where the file tier keeps one nameless file per session, gone with the process "
+                 "however it ends."}),
+    row<&Config::kv_ladder>(
+        {.key = "kv.ladder",
+         .choices = kLadderSteps,
+         .memory = "the plan of a context that does not fit counts on it",
+         .text = "What a session does, in this order, when memory ends: prefill in shorter passes, "
+                 "cold pages to the host, into a smaller type, to the file; then its context is "
+                 "full. none: the budget ends it at once."}),
+    row<&Config::kv_ladder_type>(
+        {.key = "kv.ladder_type",
+         .choices = kKvTypes,
+         .memory = "bytes per token of pages that were requantised",
+         .text = "The smallest type that requantise may rewrite cold pages in."}),
     row<&Config::prefill_chunk>(
         {.key = "prefill.chunk",
          .unit = "tokens",
@@ -306,6 +378,9 @@ std::string Setting::name() const {
 
 std::string Setting::range_text() const {
   const std::string_view either = takes_auto ? "auto or " : "";
+  if (type == "list")
+    return fmt::format("none, or some of {}, separated by commas", fmt::join(choices, ", "));
+  if (type == "folder") return "an absolute path of at most 1024 bytes";
   if (!choices.empty()) {
     const std::string words = fmt::format("{}", fmt::join(choices, ", "));
     return takes_auto ? fmt::format("auto, {}", words) : words;

@@ -111,4 +111,11 @@ Status Engine::set_budget(int device, int64_t bytes) {
   return {};
 }
 
+Status Engine::set_host_budget(int64_t bytes) {
+  if (bytes < 0)
+    return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
+  state_->ledger.set_host_budget(bytes);
+  return {};
+}
+
 }  // namespace fathom

@@ -82,6 +82,16 @@ void Ledger::set_budget(int device, int64_t bytes) noexcept {
   accounts_[static_cast<size_t>(device)].device.budget_bytes = bytes;
 }
 
+int64_t Ledger::host_budget() const noexcept {
+  std::lock_guard lock(mutex_);
+  return host_budget_;
+}
+
+void Ledger::set_host_budget(int64_t bytes) noexcept {
+  std::lock_guard lock(mutex_);
+  host_budget_ = bytes;
+}
+
 void Ledger::add_planned(int device, Purpose purpose, int64_t bytes) noexcept {
   std::lock_guard lock(mutex_);
   Account& account = accounts_[static_cast<size_t>(device)];
@@ -100,6 +110,8 @@ void Ledger::reset_peaks() noexcept {
 MemorySnapshot Ledger::snapshot() const {
   std::lock_guard lock(mutex_);
   MemorySnapshot picture;
+  picture.host_budget_bytes = host_budget_;
+  picture.host_bytes_now = host_now_;
   for (size_t d = 0; d < accounts_.size(); ++d) {
     const Account& account = accounts_[d];
     picture.devices.push_back({account.device.name, account.device.budget_bytes, account.total.now,

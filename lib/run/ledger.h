@@ -34,8 +34,9 @@ class Ledger {
   // What could still be acquired on a device, its own budget and the host's considered.
   int64_t available(int device) const noexcept;
   int64_t budget(int device) const noexcept;
-  int64_t host_budget() const noexcept { return host_budget_; }
+  int64_t host_budget() const noexcept;
   void set_budget(int device, int64_t bytes) noexcept;
+  void set_host_budget(int64_t bytes) noexcept;
   // What the plans of the loaded models promise at most; adds up over models.
   void add_planned(int device, Purpose purpose, int64_t bytes) noexcept;
   void reset_peaks() noexcept;
@@ -54,7 +55,7 @@ class Ledger {
 
   mutable std::mutex mutex_;
   std::vector<Account> accounts_;
-  const int64_t host_budget_;
+  int64_t host_budget_;
   int64_t host_now_ = 0;
   MemoryObserver observer_;
 };

@@ -1,0 +1,70 @@
+// The ladder: what a session does when memory ends.  Decisions from numbers alone, so that growth
+// (session_grow.cc), the plan (planner.cc) and the forecast use one formula.  What a step does to
+// pages is in kv_pages.h.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "fathom/config.hpp"
+#include "fathom/kv_page.hpp"
+
+namespace fathom::run {
+
+// Bytes that each step could free on one device now; 0: the step does not apply, or has done all it
+// can.
+struct LadderGains {
+  std::array<int64_t, kLadderStepCount> bytes{};
+  int64_t& operator[](LadderStep step) noexcept { return bytes[static_cast<size_t>(step)]; }
+  int64_t operator[](LadderStep step) const noexcept { return bytes[static_cast<size_t>(step)]; }
+};
+
+// The step to climb: the first of the ladder that frees anything.  None: the ladder has ended.
+inline std::optional<LadderStep> next_step(std::span<const LadderStep> ladder,
+                                           const LadderGains& gains) noexcept {
+  for (const LadderStep step : ladder)
+    if (gains[step] > 0) return step;
+  return std::nullopt;
+}
+
+// The most tokens for which a session's pages on a device need at most `available` bytes beyond
+// what `n_tokens` tokens take there; at most max_tokens.  One more token and next_step() decides.
+// Page bytes as in PlanDevice.
+inline int64_t tokens_that_fit(const KvPolicy& policy, int64_t n_tokens, int64_t max_tokens,
+                               int64_t available, int64_t cold_page_bytes,
+                               int64_t hot_page_bytes) noexcept {
+  const auto bytes = [&](int64_t n) { return policy.bytes(n, cold_page_bytes, hot_page_bytes); };
+  int64_t low = n_tokens, high = std::max(n_tokens, max_tokens);  // low fits
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    if (bytes(middle) - bytes(n_tokens) <= available)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+// Pages [first_cold_page(), movable_end) are cold and whole when `n_written` tokens are written and
+// room is made for `n_then`: only they are spilled or requantised.
+inline int64_t movable_end(const KvPolicy& policy, int64_t n_written, int64_t n_then) noexcept {
+  return std::max(policy.first_cold_page(),
+                  std::min(policy.cold_end(n_then), n_written / policy.page_tokens));
+}
+
+// The fewest bytes that the ladder can bring a session's pages on a device to while a pass of
+// `chunk` tokens makes them n_tokens: pages that may not move, and the movable ones with
+// `movable_page_bytes` each: 0 where they can leave the device, else those of the smallest type.
+inline int64_t floor_bytes(const KvPolicy& policy, int64_t n_tokens, int64_t chunk,
+                           int64_t movable_page_bytes, int64_t cold_page_bytes,
+                           int64_t hot_page_bytes) noexcept {
+  const int64_t end = movable_end(policy, std::max<int64_t>(n_tokens - chunk, 0), n_tokens);
+  const int64_t movable = end - std::min(policy.first_cold_page(), end);
+  return policy.bytes(n_tokens, cold_page_bytes, hot_page_bytes) -
+         movable * std::max<int64_t>(cold_page_bytes - movable_page_bytes, 0);
+}
+
+}  // namespace fathom::run
