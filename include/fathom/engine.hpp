@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fathom/config.hpp"
+#include "fathom/machine.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/plan.hpp"
 #include "fathom/status.hpp"
@@ -70,6 +71,9 @@ class Engine {
   // Devices in the order of config.devices.
   int n_devices() const noexcept;
   const Backend& device(int index) const noexcept;  // 0 <= index < n_devices()
+  // The same devices as a description: kinds, bytes, rates and links.  Rates of real devices are
+  // the documented ones of their kind until they are measured.
+  const MachineDescription& machine() const noexcept;
 
   // Plans a model file from its header for `config` (default: the engine's).  Reads no weights; a
   // bare config.json is enough, with weights.type for what its weights are taken to be.

@@ -26,6 +26,7 @@
 #include "fathom/engine.hpp"
 #include "fathom/kv_cache.hpp"
 #include "fathom/kv_page.hpp"
+#include "fathom/machine.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/model.hpp"
 #include "fathom/model_config.hpp"

@@ -1,10 +1,12 @@
 // Checks on text from files: names and values that are shown, compared and handed to hosts.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace fathom::io {
 
@@ -70,6 +72,26 @@ inline std::string printable(std::string_view text, size_t max_bytes = 100) {
   }
   if (p < end) out += "...";
   return out;
+}
+
+// Changes of a character that make `a` into `b` (Levenshtein, one row of memory), for "the nearest
+// known key is".  Looks at 128 bytes of each: longer words resemble none, and the cost is bounded.
+inline size_t edit_distance(std::string_view a, std::string_view b) {
+  constexpr size_t kLongest = 128;
+  a = a.substr(0, kLongest);
+  b = b.substr(0, kLongest);
+  std::vector<size_t> row(b.size() + 1);
+  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
+  for (size_t i = 1; i <= a.size(); ++i) {
+    size_t diagonal = row[0];
+    row[0] = i;
+    for (size_t j = 1; j <= b.size(); ++j) {
+      const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
+      diagonal = row[j];
+      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
+    }
+  }
+  return row[b.size()];
 }
 
 // The layer number of a tensor name: "blk.12.attn_norm.weight" with prefix "blk." gives 12; -1 when

@@ -12,6 +12,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "lib/io/text.h"
+
 namespace fathom::run {
 namespace {
 
@@ -342,22 +344,6 @@ constexpr Setting kSettings[] = {
                  "activations and dequantised weights."}),
 };
 
-// Levenshtein distance with one row of memory.
-size_t edit_distance(std::string_view a, std::string_view b) {
-  std::vector<size_t> row(b.size() + 1);
-  for (size_t j = 0; j <= b.size(); ++j) row[j] = j;
-  for (size_t i = 1; i <= a.size(); ++i) {
-    size_t diagonal = row[0];
-    row[0] = i;
-    for (size_t j = 1; j <= b.size(); ++j) {
-      const size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = row[j];
-      row[j] = std::min({replaced, row[j] + 1, row[j - 1] + 1});
-    }
-  }
-  return row[b.size()];
-}
-
 bool is_device_name(std::string_view name) {
   const size_t colon = name.find(':');
   const std::string_view word = name.substr(0, colon);
@@ -403,11 +389,10 @@ const Setting* find_setting(std::string_view key) noexcept {
 }
 
 std::string nearest_setting(std::string_view key) {
-  constexpr size_t kLongest = 128;  // beyond it a key resembles none: bounds the cost
   const Setting* nearest = nullptr;
   size_t least = 0;
   for (const Setting& setting : kSettings) {
-    const size_t distance = edit_distance(key.substr(0, kLongest), setting.key);
+    const size_t distance = io::edit_distance(key, setting.key);
     if (nearest == nullptr || distance < least) nearest = &setting, least = distance;
   }
   return nearest->name();

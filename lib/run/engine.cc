@@ -55,8 +55,22 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
   const int64_t host_limit =
       config.budget.count("host") ? host_budget : std::max(host_budget, asked);
 
-  auto state = std::make_shared<run::EngineState>(config, hooks, std::move(devices),
-                                                  std::move(accounts), host_limit);
+  MachineDescription machine;
+  for (size_t i = 0; i < names.size(); ++i) {
+    const Backend& backend = *devices[i];
+    MachineDevice device;
+    device.name = names[i];
+    device.kind = backend.kind();
+    device.bytes = backend.memory().total_bytes;
+    device.budget_bytes = std::min(accounts[i].budget_bytes, device.bytes);
+    device.runtime_bytes = backend.runtime_bytes();
+    device.threads = static_cast<int>(config.threads);
+    machine.devices.push_back(std::move(device));
+  }
+  FATHOM_TRY(machine.complete());
+
+  auto state = std::make_shared<run::EngineState>(
+      config, hooks, std::move(devices), std::move(machine), std::move(accounts), host_limit);
   for (int d = 0; d < static_cast<int>(names.size()); ++d) {
     const int64_t runtime = state->devices[static_cast<size_t>(d)]->runtime_bytes();
     FATHOM_TRY(state->ledger.acquire(d, Purpose::kRuntime, runtime));
@@ -81,6 +95,10 @@ int Engine::n_devices() const noexcept {
 }
 const Backend& Engine::device(int index) const noexcept {
   return *state_->devices[static_cast<size_t>(index)];
+}
+
+const MachineDescription& Engine::machine() const noexcept {
+  return state_->machine;
 }
 
 Result<Plan> Engine::plan(const std::string& model_path) const {

@@ -6,6 +6,7 @@
 
 #include "fathom/backend.hpp"
 #include "fathom/engine.hpp"
+#include "fathom/machine.hpp"
 #include "ledger.h"
 #include "memory_range.h"
 
@@ -14,10 +15,11 @@ namespace fathom::run {
 class EngineState {
  public:
   EngineState(Config config, HostHooks hooks, std::vector<std::unique_ptr<Backend>> devices,
-              std::vector<LedgerDevice> accounts, int64_t host_budget)
+              MachineDescription machine, std::vector<LedgerDevice> accounts, int64_t host_budget)
       : config(std::move(config)),
         hooks(std::move(hooks)),
         devices(std::move(devices)),
+        machine(std::move(machine)),
         ledger(std::move(accounts), host_budget, this->hooks.memory) {}
 
   Result<MemoryRange> allocate(int device, Purpose purpose, int64_t bytes) {
@@ -39,6 +41,7 @@ class EngineState {
   const Config config;
   const HostHooks hooks;
   const std::vector<std::unique_ptr<Backend>> devices;
+  const MachineDescription machine;  // of `devices`, in their order: kinds, bytes, rates, links
   Ledger ledger;
   // Where host-side tables live (tokenizer, staging, token history): the first host device.
   const int host_device = 0;
