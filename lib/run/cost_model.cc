@@ -162,7 +162,7 @@ Work work_of(const ExpertsParams& p) {
 namespace {
 
 // Everything that a layer function asks for; addresses are made up and never followed.
-class Prediction {
+class Prediction final : public nn::RowSourceOf {
  public:
   Prediction(const MachineDevice& device, const ModelConfig& config, const PassShape& pass)
       : backend_(device),
@@ -178,12 +178,12 @@ class Prediction {
     return {backend_,  {}, config_, rope_, scratch_, pass_.n_tokens, pass_.first_position,
             pass_.form};
   }
-  KvRows rows() const {
+  KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return {&page_,
             {pass_.page_tokens, config_.kv_lora_rank, config_.qk_rope_head_dim},
+            layer_slot,
             0,
-            0,
-            pass_.first_position + pass_.n_tokens};
+            n_rows};
   }
   CostBackend& backend() noexcept { return backend_; }
   const nn::Scratch& scratch() const noexcept { return scratch_; }
@@ -205,7 +205,7 @@ LayerSeconds layer_seconds(const MachineDevice& device, const ModelConfig& confi
   Prediction prediction(device, config, pass);
   CostBackend& backend = prediction.backend();
   LayerSeconds out;
-  nn::mla_attention(prediction.step(), weights, prediction.rows());
+  nn::mla_attention(prediction.step(), weights, {prediction, 0, 0});
   out.attention = backend.busy_seconds();
   nn::feed_forward(prediction.step(), weights, moe);
   out.experts = backend.expert_seconds();
