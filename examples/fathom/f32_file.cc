@@ -47,4 +47,31 @@ void F32File::close() {
     fail(kExitIo, fmt::format("{}: {}", path_, std::strerror(errno)));
 }
 
+F32Reader::F32Reader(std::string path, int64_t n_values) : path_(std::move(path)) {
+  file_ = std::fopen(path_.c_str(), "rb");
+  if (file_ == nullptr) fail(kExitIo, fmt::format("{}: {}", path_, std::strerror(errno)));
+  std::error_code error;
+  const auto bytes = std::filesystem::file_size(path_, error);
+  const auto wanted = static_cast<uintmax_t>(n_values) * sizeof(float);
+  if (!error && bytes == wanted) return;
+  std::fclose(file_);
+  if (error) fail(kExitIo, fmt::format("{}: {}", path_, error.message()));
+  usage_error(fmt::format("{} has {} bytes; {} float32 values are {} bytes", path_, bytes, n_values,
+                          wanted));
+}
+
+F32Reader::~F32Reader() {
+  std::fclose(file_);
+}
+
+bool F32Reader::next(std::span<float> out) noexcept {
+  if (std::fread(out.data(), sizeof(float), out.size(), file_) == out.size()) return true;
+  error_ = std::ferror(file_) != 0 ? errno : EIO;
+  return false;
+}
+
+void F32Reader::check() const {
+  if (error_ != 0) fail(kExitIo, fmt::format("{}: {}", path_, std::strerror(error_)));
+}
+
 }  // namespace cli

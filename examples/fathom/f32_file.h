@@ -1,5 +1,5 @@
-// A file of raw little-endian float32 values, written in pieces beside its final name and renamed
-// when it is whole, so that a failure leaves an older file as it was.
+// Files of raw little-endian float32 values.  Written in pieces beside the final name and renamed
+// when whole, so that a failure leaves an older file as it was; read in pieces.
 #pragma once
 
 #include <cstdio>
@@ -29,6 +29,26 @@ class F32File {
   std::string path_, written_;
   std::FILE* file_ = nullptr;
   int64_t n_values_ = 0;
+  int error_ = 0;
+};
+
+class F32Reader {
+ public:
+  // Leaves with kExitIo when the file cannot be read, with kExitUsage when it does not hold exactly
+  // `n_values` values.
+  F32Reader(std::string path, int64_t n_values);
+  ~F32Reader();
+  F32Reader(const F32Reader&) = delete;
+  F32Reader& operator=(const F32Reader&) = delete;
+
+  // The next values.  False after a failed read: for callbacks of the library.
+  bool next(std::span<float> out) noexcept;
+  // Leaves with kExitIo when a read failed.
+  void check() const;
+
+ private:
+  std::string path_;
+  std::FILE* file_ = nullptr;
   int error_ = 0;
 };
 

@@ -39,6 +39,7 @@ int run(int argc, char** argv) {
   cli::add_tokenize(app, action);
   cli::add_detokenize(app, action);
   cli::add_perplexity(app, action);
+  cli::add_retrieval(app, action);
   cli::add_bench(app, action);
   cli::add_config(app, action);
   cli::add_demo(app, action);
