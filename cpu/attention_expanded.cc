@@ -13,6 +13,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/attention_tiles.h"
+#include "cpu/expanded_pairs.h"
 #include "cpu/matmul.h"
 #include "cpu/page_codec.h"
 
@@ -20,8 +21,6 @@ namespace fathom::cpu {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Bounds the queries that a worker keeps transposed; the tile is expanded once per so many.
-constexpr int64_t kMaxTaskTokens = 1024;
 
 // Everything that follows from the shapes, and the parts of one worker's scratch.
 struct Expanded {
@@ -98,13 +97,9 @@ void unpack_head(const CpuContext& context, const AttendExpandedParams& p, const
   }
 }
 
-// A task's queries: tokens [first, end) of one head.
-struct Task {
-  int64_t head, first, end;
-};
-
 // queries[block][k][col] = scale * query; zeros as padding.
-void gather_queries(const AttendExpandedParams& p, const Expanded& s, const Task& task) noexcept {
+void gather_queries(const AttendExpandedParams& p, const Expanded& s,
+                    const ExpandedTask& task) noexcept {
   constexpr int64_t kCols = kAttendMaxCols;
   for (int64_t block = task.first; block < task.end; block += kCols) {
     float* queries = s.queries + (block - task.first) * s.key_dim;
@@ -122,7 +117,7 @@ void gather_queries(const AttendExpandedParams& p, const Expanded& s, const Task
 
 // One step of the online softmax for queries [block, block + n) over the tile at `row`.
 void attend_block(const CpuContext& context, const AttendExpandedParams& p, const Expanded& s,
-                  const Task& task, int64_t block, int64_t row, int64_t n_rows) noexcept {
+                  const ExpandedTask& task, int64_t block, int64_t row, int64_t n_rows) noexcept {
   const int64_t n = std::min<int64_t>(kAttendMaxCols, task.end - block);
   const bool all_seen = p.first_position + block + 1 >= row + n_rows;
   for (int64_t col = 0; col < kAttendMaxCols; ++col) {
@@ -130,7 +125,7 @@ void attend_block(const CpuContext& context, const AttendExpandedParams& p, cons
     const int64_t state = token * p.n_heads + task.head;
     s.max[col] = p.state.max[state];
     s.sum[col] = p.state.sum[state];
-    s.limits[col] = seen_rows(p.first_position + token, row);
+    s.limits[col] = seen_rows(p.first_position + token, row, kAttendTileRows);
     if (col < n) std::copy_n(p.out + state * s.value, s.value, s.out + col * s.value_padded);
   }
   context.rows->attend_tile({.queries = s.queries + (block - task.first) * s.key_dim,
@@ -158,7 +153,7 @@ void attend_block(const CpuContext& context, const AttendExpandedParams& p, cons
   }
 }
 
-void begin_queries(const AttendExpandedParams& p, const Task& task) noexcept {
+void begin_queries(const AttendExpandedParams& p, const ExpandedTask& task) noexcept {
   for (int64_t token = task.first; token < task.end; ++token) {
     const int64_t state = token * p.n_heads + task.head;
     p.state.max[state] = kLowest;
@@ -167,7 +162,7 @@ void begin_queries(const AttendExpandedParams& p, const Task& task) noexcept {
   }
 }
 
-void finish_queries(const AttendExpandedParams& p, const Task& task) noexcept {
+void finish_queries(const AttendExpandedParams& p, const ExpandedTask& task) noexcept {
   for (int64_t token = task.first; token < task.end; ++token) {
     const int64_t state = token * p.n_heads + task.head;
     const float sum = p.state.sum[state];
@@ -177,9 +172,9 @@ void finish_queries(const AttendExpandedParams& p, const Task& task) noexcept {
   }
 }
 
-void run_task(const CpuContext& context, const AttendExpandedParams& p, const Expanded& s,
-              const Task& task) noexcept {
-  if (p.begin) begin_queries(p, task);
+// The rows of the call for the queries of one task, in f32.
+void attend_floats(const CpuContext& context, const AttendExpandedParams& p, const Expanded& s,
+                   const ExpandedTask& task) noexcept {
   const int64_t end_row = std::min(p.rows.first_row + p.rows.n_rows, p.first_position + task.end);
   if (p.rows.first_row < end_row) {
     unpack_head(context, p, s, task.head);
@@ -214,14 +209,19 @@ void run_task(const CpuContext& context, const AttendExpandedParams& p, const Ex
     }
     row = tile_end;
   }
-  if (p.finish) finish_queries(p, task);
 }
 
 WorkerParts carve(Workspace& workspace, const CpuContext& context,
                   const AttendExpandedParams& p) noexcept {
-  Workspace counting;
-  const Expanded part(p, counting);
-  return WorkerParts(workspace, context.threads->size(), counting.used_bytes());
+  int64_t bytes = 0;
+  if (context.pairs != nullptr) {
+    bytes = expanded_pairs_bytes(p);
+  } else {
+    Workspace counting;
+    const Expanded part(p, counting);
+    bytes = counting.used_bytes();
+  }
+  return WorkerParts(workspace, context.threads->size(), bytes);
 }
 
 }  // namespace
@@ -246,9 +246,14 @@ void attend_expanded(const CpuContext& context, const OpContext& op,
   const int64_t n_groups = (p.n_tokens + group - 1) / group;
   context.threads->parallel_for(p.n_heads * n_groups, [&](int64_t index, int worker) {
     Workspace part = workers.part(worker);
-    const Expanded scratch(p, part);
     const int64_t first = index % n_groups * group;
-    run_task(context, p, scratch, {index / n_groups, first, std::min(first + group, p.n_tokens)});
+    const ExpandedTask task{index / n_groups, first, std::min(first + group, p.n_tokens)};
+    if (p.begin) begin_queries(p, task);
+    if (context.pairs != nullptr)
+      attend_expanded_pairs(context, p, task, part);
+    else
+      attend_floats(context, p, Expanded(p, part), task);
+    if (p.finish) finish_queries(p, task);
   });
 }
 

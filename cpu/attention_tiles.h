@@ -67,9 +67,9 @@ inline void gather_columns(int64_t n, int64_t n_cols, int64_t n_used, float scal
   }
 }
 
-// Rows of the tile at `tile_row` that a query at `position` sees, at most kAttendTileRows.
-inline int32_t seen_rows(int64_t position, int64_t tile_row) noexcept {
-  return static_cast<int32_t>(std::clamp<int64_t>(position + 1 - tile_row, 0, kAttendTileRows));
+// Rows of the tile at `tile_row` that a query at `position` sees, at most tile_rows.
+inline int32_t seen_rows(int64_t position, int64_t tile_row, int64_t tile_rows) noexcept {
+  return static_cast<int32_t>(std::clamp<int64_t>(position + 1 - tile_row, 0, tile_rows));
 }
 
 }  // namespace fathom::cpu

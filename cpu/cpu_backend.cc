@@ -11,6 +11,7 @@
 #include "cpu/matmul.h"
 #include "cpu/matmul_kernels.h"
 #include "cpu/page_codec.h"
+#include "cpu/pair_kernels.h"
 #include "cpu/route.h"
 #include "cpu/rows.h"
 #include "cpu/rows_kernels.h"
@@ -47,7 +48,8 @@ Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options
                            .isa = isa,
                            .numerics = options.numerics,
                            .matmul = &matmul_kernels(isa),
-                           .rows = &row_kernels(isa)};
+                           .rows = &row_kernels(isa),
+                           .pairs = pair_kernels(isa, options.numerics)};
   return std::unique_ptr<CpuBackend>(
       new CpuBackend(options.name, options.isa, std::move(threads), context));
 }
@@ -60,6 +62,8 @@ std::string CpuBackend::describe() const {
   text += fmt::format("  products with weights: {} kernels\n", context_.matmul->name);
   text += fmt::format("  norm, rope, cache rows, attention: {} kernels{}\n", context_.rows->name,
                       context_.isa == Isa::kAmx ? " (AVX-512 arithmetic, no tile products)" : "");
+  text += fmt::format("  products of attention: {}\n",
+                      context_.pairs != nullptr ? "bf16 pairs with f32 sums" : "f32");
   for (const IsaInfo& info : cpu_isas())
     if (!info.available) text += fmt::format("  not {}: {}\n", info.name, info.reason);
   return text;

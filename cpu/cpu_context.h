@@ -10,6 +10,7 @@ namespace fathom::cpu {
 
 struct MatmulKernels;  // cpu/matmul_kernels.h: products with stored weights
 struct RowKernels;     // cpu/rows_kernels.h: norm, RoPE, rows of the cache, attention tiles
+struct PairKernels;    // cpu/pair_kernels.h: attention tiles over bf16 pairs
 
 // Constant for the backend's life.
 struct CpuContext {
@@ -18,6 +19,7 @@ struct CpuContext {
   Numerics numerics = Numerics::kFast;
   const MatmulKernels* matmul = nullptr;
   const RowKernels* rows = nullptr;
+  const PairKernels* pairs = nullptr;  // null: attention in f32
 };
 
 }  // namespace fathom::cpu

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/page_codec.h"
+#include "cpu/pair_kernels.h"
 #include "cpu/rows_kernels.h"
 
 namespace fathom::cpu {
@@ -54,6 +55,17 @@ const RowKernels& row_kernels(Isa isa) noexcept {
     default:
       return row_kernels_scalar();
   }
+}
+
+const PairKernels* pair_kernels(Isa isa, Numerics numerics) noexcept {
+#if defined(__x86_64__)
+  const CpuFeatures& features = cpu_features();
+  if (numerics == Numerics::kFast && isa >= Isa::kAvx512 && features.avx512_bf16 &&
+      !features.amx_bf16)
+    return &pair_kernels_avx512bf16();
+#endif
+  static_cast<void>(isa), static_cast<void>(numerics);
+  return nullptr;
 }
 
 void rms_norm(const CpuContext& context, const RmsNormParams& p) noexcept {

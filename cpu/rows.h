@@ -8,6 +8,10 @@ namespace fathom::cpu {
 
 // The kernels of an instruction set.
 const RowKernels& row_kernels(Isa isa) noexcept;
+// Attention over bf16 pairs: in fast numerics, on processors whose vector unit multiplies them
+// faster than f32.  Null: f32.  Processors with AMX multiply bf16 at half the rate of f32 outside
+// their tiles (Sapphire Rapids: 112 against 231 GF), so they stay with f32.
+const PairKernels* pair_kernels(Isa isa, Numerics numerics) noexcept;
 
 void rms_norm(const CpuContext&, const RmsNormParams&) noexcept;
 void rope_table(const CpuContext&, const RopeTableParams&) noexcept;

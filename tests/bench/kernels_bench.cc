@@ -1,15 +1,20 @@
 // Micro-benchmarks of products with stored weights (Google Benchmark):
 //   read loop    the bandwidth that weights could be read with at best
-//   gemv         one row of activations, weights from memory; bytes/s to compare with the read loop
+//   gemv         one row of activations, matrices in random order from memory, in turn with reading
+//                the same bytes: `share` is what counts
 //   gemm         many rows; items/s are multiply-adds times two
 //
 //   cmake --preset bench && cmake --build --preset bench && build-bench/bin/kernels_bench
 //
 // On a machine that others use, compare CPU time: --benchmark_repetitions=6, best of each.
+// Shorter: --benchmark_filter='gemv/avx512.*threads:2'.
 #include <benchmark/benchmark.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstring>
+#include <ctime>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -82,16 +87,90 @@ void read_loop(benchmark::State& state, int n_threads) {
   state.SetBytesProcessed(state.iterations() * (256ll << 20));
 }
 
-// Enough matrices in turn that none is in a cache.
-void matmul(benchmark::State& state, cpu::Isa isa, DType dtype, int64_t n_rows, bool exact,
-            int n_threads) {
+// Reads [p, p + bytes) as fast as it comes.
+uint64_t read_bytes(const std::byte* p, int64_t bytes) {
+  const auto* words = reinterpret_cast<const uint64_t*>(p);
+  uint64_t a = 0, b = 0, c = 0, d = 0;
+  for (int64_t i = 0; i + 4 <= bytes / 8; i += 4) {
+    a += words[i];
+    b += words[i + 1];
+    c += words[i + 2];
+    d += words[i + 3];
+  }
+  return a + b + c + d;
+}
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
+// Products with matrices in random order, as experts are chosen, and reading of the same bytes in
+// the same order, in turn.  `share` is the better of all sweeps against the better of all reads.
+void gemv(benchmark::State& state, cpu::Isa isa, DType dtype, int n_threads) {
   auto pool = cpu::ThreadPool::create(n_threads);
   const cpu::CpuContext ctx = context(*pool.value(), isa);
   Weight w{.dtype = dtype, .rows = 1408, .cols = 2048};
   static_cast<void>(cpu::weight_layout(w).ok());
-  const int64_t count = n_rows == 1 ? (192 << 20) / w.matrix_bytes + 1 : 1;
-  w.count = count;
-  const Pages pages(w.matrix_bytes * count);
+  w.count = (96 << 20) / w.matrix_bytes + 1;
+  const Pages pages(w.matrix_bytes * w.count);
+  w.data = pages.base;
+  std::mt19937 rng(1);
+  fill(w, rng);
+  std::vector<int64_t> order(static_cast<size_t>(w.count));
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), rng);
+  std::vector<float> x(static_cast<size_t>(w.cols)), out(static_cast<size_t>(w.rows));
+  std::normal_distribution<float> normal;
+  for (float& v : x) v = normal(rng);
+  Weight one = w;
+  one.count = 1;
+  const MatmulParams p{.x = x.data(),
+                       .x_stride = w.cols,
+                       .n_rows = 1,
+                       .w = &one,
+                       .out = out.data(),
+                       .out_stride = w.rows};
+  const int64_t need = cpu::workspace_bytes(ctx, p);
+  const Pages workspace(need + 64);
+  double best = 1e9, best_read = 1e9;
+  std::vector<uint64_t> sums(64 * 8);
+  for (auto _ : state) {
+    double start = now();
+    for (const int64_t index : order) {
+      one.data = w.matrix(index);
+      cpu::matmul(ctx, {workspace.base, need}, p);
+    }
+    const double seconds = now() - start;
+    state.SetIterationTime(seconds);
+    best = std::min(best, seconds);
+    start = now();
+    constexpr int64_t kPiece = 64 << 10;
+    const int64_t pieces = (w.matrix_bytes + kPiece - 1) / kPiece;
+    pool.value()->parallel_for(w.count * pieces, [&](int64_t task, int worker) {
+      const int64_t at = task % pieces * kPiece;
+      sums[static_cast<size_t>(worker) * 8] +=
+          read_bytes(w.matrix(order[static_cast<size_t>(task / pieces)]) + at,
+                     std::min(kPiece, w.matrix_bytes - at));
+    });
+    best_read = std::min(best_read, now() - start);
+  }
+  benchmark::DoNotOptimize(sums.data());
+  const double gb = 1e-9 * static_cast<double>(w.matrix_bytes * w.count);
+  state.counters["GB/s"] = gb / best;
+  state.counters["read"] = gb / best_read;
+  state.counters["share"] = best_read / best;
+}
+
+// The product of one matrix with many rows.
+void gemm(benchmark::State& state, cpu::Isa isa, DType dtype, int64_t n_rows, bool exact,
+          int n_threads) {
+  auto pool = cpu::ThreadPool::create(n_threads);
+  const cpu::CpuContext ctx = context(*pool.value(), isa);
+  Weight w{.dtype = dtype, .rows = 1408, .cols = 2048};
+  static_cast<void>(cpu::weight_layout(w).ok());
+  const Pages pages(w.matrix_bytes);
   w.data = pages.base;
   std::mt19937 rng(1);
   fill(w, rng);
@@ -99,25 +178,23 @@ void matmul(benchmark::State& state, cpu::Isa isa, DType dtype, int64_t n_rows, 
       out(static_cast<size_t>(n_rows * w.rows));
   std::normal_distribution<float> normal;
   for (float& v : x) v = normal(rng);
-  Weight one = w;
-  one.count = 1;
-  MatmulParams p{.x = x.data(),
-                 .x_stride = w.cols,
-                 .n_rows = n_rows,
-                 .w = &one,
-                 .out = out.data(),
-                 .out_stride = w.rows,
-                 .exact = exact};
+  const MatmulParams p{.x = x.data(),
+                       .x_stride = w.cols,
+                       .n_rows = n_rows,
+                       .w = &w,
+                       .out = out.data(),
+                       .out_stride = w.rows,
+                       .exact = exact};
   const int64_t need = cpu::workspace_bytes(ctx, p);
   const Pages workspace(need + 64);
-  int64_t at = 0;
-  for (auto _ : state) {
-    one.data = w.matrix(at++ % count);
-    cpu::matmul(ctx, {workspace.base, need}, p);
-  }
-  state.SetBytesProcessed(state.iterations() * w.matrix_bytes);
+  for (auto _ : state) cpu::matmul(ctx, {workspace.base, need}, p);
   state.SetItemsProcessed(state.iterations() * 2 * n_rows * w.rows * w.cols);
 }
+
+constexpr DType kTypes[] = {
+    DType::kQ8_0,   DType::kQ4_0, DType::kQ4_1, DType::kQ5_0,   DType::kQ5_1, DType::kIQ4_NL,
+    DType::kIQ4_XS, DType::kQ2_K, DType::kQ3_K, DType::kQ4_K,   DType::kQ5_K, DType::kQ6_K,
+    DType::kF16,    DType::kBF16, DType::kF32,  DType::kF8E4M3, DType::kMXFP4};
 
 void register_all() {
   for (const int n : {1, 2})
@@ -125,20 +202,22 @@ void register_all() {
         ->UseRealTime();
   for (const cpu::Isa isa : {cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAmx}) {
     if (!cpu::isa_refusal(isa, cpu::cpu_features()).empty()) continue;
-    for (const DType dtype :
-         {DType::kQ8_0, DType::kQ4_0, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K, DType::kF16,
-          DType::kBF16, DType::kF32, DType::kF8E4M3, DType::kIQ4_NL}) {
-      for (const int64_t n_rows : {1, 4, 16, 48, 128, 512}) {
-        for (const bool exact : {false, true}) {
-          for (const int n_threads : {1, 2}) {
-            const std::string name =
-                std::string(n_rows == 1 ? "gemv/" : "gemm/") + std::string(cpu::isa_name(isa)) +
-                "/" + std::string(dtype_info(dtype).name) + "/rows:" + std::to_string(n_rows) +
-                (exact ? "/exact" : "") + "/threads:" + std::to_string(n_threads);
-            benchmark::RegisterBenchmark(name.c_str(), matmul, isa, dtype, n_rows, exact, n_threads)
+    for (const DType dtype : kTypes) {
+      const std::string what =
+          std::string(cpu::isa_name(isa)) + "/" + std::string(dtype_info(dtype).name);
+      for (const int n_threads : {1, 2}) {
+        const std::string threads = "/threads:" + std::to_string(n_threads);
+        benchmark::RegisterBenchmark(("gemv/" + what + threads).c_str(), gemv, isa, dtype,
+                                     n_threads)
+            ->UseManualTime()
+            ->Iterations(12);
+        for (const int64_t n_rows : {2, 4, 8, 16, 48, 128, 512})
+          for (const bool exact : {false, true})
+            benchmark::RegisterBenchmark(("gemm/" + what + "/rows:" + std::to_string(n_rows) +
+                                          (exact ? "/exact" : "") + threads)
+                                             .c_str(),
+                                         gemm, isa, dtype, n_rows, exact, n_threads)
                 ->UseRealTime();
-          }
-        }
       }
     }
   }

@@ -1,0 +1,274 @@
+// pair_kernels.h for AVX512_BF16: vdpbf16ps takes 16 lanes of two products each.
+#include <stddef.h>
+
+#include "cpu/rows_simd_avx512.h"
+// The exponential is written in the names of the vectors.
+#include "cpu/exp_body.h"
+#include "cpu/pair_kernels.h"
+
+namespace fathom::cpu {
+namespace {
+
+inline int min_int(int64_t a, int64_t b) {
+  return static_cast<int>(a < b ? a : b);
+}
+
+// Sixteen values as bf16.
+inline __m256i narrow(F v) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+}
+// Lane by lane pair(even, odd).
+inline I pairs_of(F even, F odd) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const I both = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd, even));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+}
+// sum += both products of each lane.
+inline F dot_pairs(F sum, I a, I b) {
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+
+// ---- packing ----------------------------------------------------------------------------------
+
+void pack_columns(const PackColumns& p) {
+  const F factor = f_set(p.scale);
+  for (int64_t unit = 0; unit * kPairUnit < p.n_columns; ++unit) {
+    const float* const* columns = p.columns + unit * kPairUnit;
+    const int n_columns = min_int(kPairUnit, p.n_columns - unit * kPairUnit);
+    for (int64_t i = 0; i < p.n; i += 32) {
+      const int left = min_int(32, p.n - i);
+      // A row of sixteen pairs for each column, then transposed.
+      alignas(64) float rows[kPairUnit][16];
+      for (int c = 0; c < kPairUnit; ++c) {
+        I pairs = _mm512_setzero_si512();
+        if (c < n_columns) {
+          const F low = f_mul(f_load_first(columns[c] + i, left), factor);
+          const F high =
+              f_mul(left > 16 ? f_load_first(columns[c] + i + 16, left - 16) : f_zero(), factor);
+          pairs = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(high, low));
+        }
+        _mm512_store_si512(rows[c], pairs);
+      }
+      alignas(64) float turned[16][kPairUnit];
+      transpose_tile(rows[0], 16, turned[0], kPairUnit);
+      uint32_t* out = p.out + unit * p.unit_stride + i / 2 * kPairUnit;
+      for (int k = 0; k < (left + 1) / 2; ++k)
+        _mm512_storeu_si512(out + k * kPairUnit, _mm512_load_si512(turned[k]));
+    }
+  }
+}
+
+void pack_rows(const PackRows& p) {
+  for (int64_t r = 0; r < p.n_rows; r += 2) {
+    const float* x = p.x + r * p.x_stride;
+    const bool two = r + 1 < p.n_rows;
+    for (int64_t c = 0; c < p.n_cols; c += kLanes) {
+      const F even = f_load(x + c);
+      const F odd = two ? f_load(x + p.x_stride + c) : f_zero();
+      if (p.rows != nullptr) {
+        auto* to = reinterpret_cast<__m256i*>(p.rows + r * p.row_stride + c);
+        _mm256_storeu_si256(to, narrow(even));
+        if (two)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.rows + (r + 1) * p.row_stride + c),
+                              narrow(odd));
+      }
+      if (p.pairs != nullptr)
+        _mm512_storeu_si512(p.pairs + r / 2 * p.pair_stride + c, pairs_of(even, odd));
+    }
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------
+
+// sums[i][v] += sum_k a[i, k] . b[k, v]: the one product under everything here.
+struct Operands {
+  const uint32_t* a;  // pairs
+  int64_t a_row, a_k;
+  const uint32_t* b;  // vector v of step k at b + v * unit_stride + k * b_k
+  int64_t b_k, unit_stride;
+  int64_t k;  // steps, of two values each
+};
+
+template <int kRows, int kVectors>
+inline void multiply(const Operands& p, int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) {
+  const uint32_t* a = p.a + row * p.a_row;
+  const uint32_t* b[kVectors];
+  for (int v = 0; v < kVectors; ++v) b[v] = p.b + (vector + v) * p.unit_stride;
+  const int64_t a_row = p.a_row, a_k = p.a_k, b_k = p.b_k;
+  for (int64_t k = 0; k < p.k; ++k) {
+    I w[kVectors];
+    for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(b[v] + k * b_k);
+    for (int i = 0; i < kRows; ++i) {
+      int32_t pair;
+      __builtin_memcpy(&pair, a + i * a_row, 4);
+      const I x = _mm512_set1_epi32(pair);
+      for (int v = 0; v < kVectors; ++v) sums[i][v] = dot_pairs(sums[i][v], x, w[v]);
+    }
+    a += a_k;
+  }
+}
+
+// Where the products go.
+struct ToF32 {
+  float* c;
+  int64_t c_row;
+  const float* decay;  // start: c[i, j] * decay[i]; null: 0
+  template <int kRows, int kVectors>
+  void start(int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        sums[i][v] = decay == nullptr ? f_zero()
+                                      : f_mul(f_load(c + (row + i) * c_row + (vector + v) * kLanes),
+                                              f_set(decay[row + i]));
+  }
+  template <int kRows, int kVectors>
+  void finish(int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        f_store(c + (row + i) * c_row + (vector + v) * kLanes, sums[i][v]);
+  }
+};
+
+struct ToRows {
+  uint16_t* rows;
+  int64_t row_stride;
+  template <int kRows, int kVectors>
+  void start(int64_t, int64_t, F (&sums)[kRows][kVectors]) const {
+    for (auto& row : sums)
+      for (F& sum : row) sum = f_zero();
+  }
+  template <int kRows, int kVectors>
+  void finish(int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        uint16_t* to = rows + (row + i) * row_stride + (vector + v) * kLanes;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), narrow(sums[i][v]));
+      }
+  }
+};
+
+// Blocks begin at even rows.
+struct ToPairs {
+  uint32_t* pairs;
+  int64_t pair_stride;
+  template <int kRows, int kVectors>
+  void start(int64_t, int64_t, F (&sums)[kRows][kVectors]) const {
+    for (auto& row : sums)
+      for (F& sum : row) sum = f_zero();
+  }
+  template <int kRows, int kVectors>
+  void finish(int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; i += 2)
+      for (int v = 0; v < kVectors; ++v) {
+        const F odd = i + 1 < kRows ? sums[i + 1 < kRows ? i + 1 : i][v] : f_zero();
+        _mm512_storeu_si512(pairs + (row + i) / 2 * pair_stride + (vector + v) * kLanes,
+                            pairs_of(sums[i][v], odd));
+      }
+  }
+};
+
+template <int kRows, int kVectors, class To>
+inline void product_rows(const Operands& p, const To& to, int64_t row, int64_t n_rows,
+                         int64_t vector) {
+  if (n_rows == kRows) {
+    F sums[kRows][kVectors];
+    to.start(row, vector, sums);
+    multiply(p, row, vector, sums);
+    to.finish(row, vector, sums);
+  } else if constexpr (kRows > 1) {
+    product_rows<kRows - 1, kVectors>(p, to, row, n_rows, vector);
+  }
+}
+
+template <class To>
+void product(const Operands& p, const To& to, int64_t n_rows, int64_t n_vectors) {
+  int64_t v = 0;
+  for (; v + 2 <= n_vectors; v += 2)
+    for (int64_t i = 0; i < n_rows; i += 8) product_rows<8, 2>(p, to, i, min_int(8, n_rows - i), v);
+  if (v < n_vectors)
+    for (int64_t i = 0; i < n_rows; i += 16)
+      product_rows<16, 1>(p, to, i, min_int(16, n_rows - i), v);
+}
+
+void expand(const ExpandPairs& p) {
+  const Operands operands{.a = reinterpret_cast<const uint32_t*>(p.x),
+                          .a_row = p.x_stride / 2,
+                          .a_k = 1,
+                          .b = p.panels,
+                          .b_k = kPairUnit,
+                          .unit_stride = p.panel_stride,
+                          .k = p.k / 2};
+  if (p.rows != nullptr)
+    product(operands, ToRows{p.rows, p.row_stride}, p.n_rows, p.n_panels);
+  else
+    product(operands, ToPairs{p.pairs, p.pair_stride}, p.n_rows, p.n_panels);
+}
+
+// ---- attention --------------------------------------------------------------------------------
+
+// Scores to pairs of weights, one vector of columns.
+inline void softmax_columns(const AttendPairs& t, int64_t col) {
+  const F lowest = f_set(-__builtin_inff());
+  const F before = f_load(t.max + col);
+  float* scores = t.scores + col;
+  F top = before;
+  if (t.limits != nullptr) {
+    for (int64_t row = 0; row < t.n_rows; ++row) {
+      const F seen = f_keep_below(f_load(scores + row * t.n_cols), static_cast<int>(row),
+                                  t.limits + col, lowest);
+      f_store(scores + row * t.n_cols, seen);
+      top = f_max(top, seen);
+    }
+  } else {
+    for (int64_t row = 0; row < t.n_rows; ++row) top = f_max(top, f_load(scores + row * t.n_cols));
+  }
+  // Where nothing has been seen, -infinity minus -infinity would be no number.
+  const F base = f_zero_where_equal(top, lowest);
+  F total = f_zero();
+  for (int64_t row = 0; row < t.n_rows; row += 2) {
+    const F even = f_exp(f_sub(f_load(scores + row * t.n_cols), base));
+    const F odd =
+        row + 1 < t.n_rows ? f_exp(f_sub(f_load(scores + (row + 1) * t.n_cols), base)) : f_zero();
+    _mm512_storeu_si512(t.weights + row / 2 * t.n_cols + col, pairs_of(even, odd));
+    total = f_add(f_add(total, even), odd);
+  }
+  const F decay = f_exp(f_sub(before, base));
+  f_store(t.decay + col, decay);
+  f_store(t.sum + col, f_fma(f_load(t.sum + col), decay, total));
+  f_store(t.max + col, top);
+}
+
+void attend(const AttendPairs& t) {
+  product({.a = reinterpret_cast<const uint32_t*>(t.keys),
+           .a_row = t.key_stride / 2,
+           .a_k = 1,
+           .b = t.queries,
+           .b_k = kPairUnit,
+           .unit_stride = t.query_stride,
+           .k = t.k / 2},
+          ToF32{t.scores, t.n_cols, nullptr}, t.n_rows, t.n_cols / kLanes);
+  for (int64_t col = 0; col < t.n_cols; col += kLanes) softmax_columns(t, col);
+  product({.a = t.weights,
+           .a_row = 1,
+           .a_k = t.n_cols,
+           .b = t.values,
+           .b_k = t.value_stride,
+           .unit_stride = kPairUnit,
+           .k = (t.n_rows + 1) / 2},
+          ToF32{t.out, t.out_stride, t.decay}, t.n_used, t.n_values / kLanes);
+}
+
+}  // namespace
+
+const PairKernels& pair_kernels_avx512bf16() noexcept {
+  static constexpr PairKernels kKernels = {.name = "avx512bf16",
+                                           .pack_columns = pack_columns,
+                                           .pack_rows = pack_rows,
+                                           .expand = expand,
+                                           .attend = attend};
+  return kKernels;
+}
+
+}  // namespace fathom::cpu
