@@ -5,15 +5,16 @@
 
 #include "cpu/page_codec.h"
 #include "cpu/pair_kernels.h"
+#include "cpu/pair_pages.h"
 
 namespace fathom::cpu {
 namespace {
 
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
-// Rows that are decoded to f32 before they are packed: what stays in L1.
-constexpr int64_t kStageRows = 4;
-static_assert(kKvSplitRows % kPairTileRows == 0 && kPairTileRows % kStageRows == 0);
+static_assert(kKvSplitRows % kPairTileRows == 0);
 static_assert(kPairMaxCols == kAttendMaxCols);
+// Pairs of a panel of values; an odd number of cache lines, as in tile_stride().
+constexpr int64_t kValuePanel = (kPairTileRows / 2 + 1) * kPairUnit;
 
 const float* latent_query(const AttendAbsorbedParams& p, int64_t column) noexcept {
   return p.q_latent + column / p.n_heads * p.q_latent_token_stride +
@@ -99,26 +100,15 @@ void attend_floats(const CpuContext& context, const AttendAbsorbedParams& p,
 
 void attend_pairs(const CpuContext& context, const AttendAbsorbedParams& p,
                   const AbsorbedShape& shape, const AbsorbedScratch& scratch,
-                  const AbsorbedBlock& block, int64_t row, int64_t n_rows, bool all_seen,
-                  const AbsorbedPartial& partial) noexcept {
-  for (int64_t at = 0; at < n_rows; at += kStageRows) {
-    PackRows pack{.x = scratch.tile,
-                  .x_stride = shape.stride,
-                  .n_rows = std::min(kStageRows, n_rows - at),
-                  .n_cols = shape.latent_padded,
-                  .rows = scratch.keys + at * shape.stride,
-                  .row_stride = shape.stride,
-                  .pairs = scratch.values + at / 2 * shape.latent_padded,
-                  .pair_stride = shape.latent_padded};
-    decode_pages(*context.rows, p.rows, row + at, pack.n_rows, scratch.tile, shape.stride,
-                 scratch.tile + shape.latent_padded, shape.stride);
-    context.pairs->pack_rows(pack);
-    pack.x += shape.latent_padded;
-    pack.n_cols = round_up(p.rows.layout.qk_rope_head_dim, kPairUnit);
-    pack.rows += shape.latent_padded;
-    pack.pairs = nullptr;
-    context.pairs->pack_rows(pack);
-  }
+                  const AbsorbedBlock& block, int64_t row, int64_t n_rows, int64_t split_end,
+                  bool all_seen, const AbsorbedPartial& partial) noexcept {
+  pack_pages(context, p.rows, row, n_rows, split_end, scratch.tile,
+             {.latent = scratch.keys,
+              .latent_stride = shape.stride,
+              .pairs = scratch.values,
+              .panel_stride = kValuePanel,
+              .rope = scratch.keys + shape.latent_padded,
+              .rope_stride = shape.stride});
   context.pairs->attend({.queries = scratch.query_pairs,
                          .query_stride = query_stride(shape),
                          .n_cols = block.n_padded,
@@ -127,7 +117,7 @@ void attend_pairs(const CpuContext& context, const AttendAbsorbedParams& p,
                          .key_stride = shape.stride,
                          .k = shape.key_dim,
                          .values = scratch.values,
-                         .value_stride = shape.latent_padded,
+                         .value_stride = kValuePanel,
                          .n_values = shape.latent_padded,
                          .n_rows = n_rows,
                          .limits = all_seen ? nullptr : scratch.limits,
@@ -147,6 +137,7 @@ AbsorbedShape::AbsorbedShape(const CpuContext& context, const AttendAbsorbedPara
       latent_padded(round_up(latent, kRowUnit)),
       key_dim(latent_padded + p.rows.layout.qk_rope_head_dim),
       stride(tile_stride(key_dim)),
+      stage_floats(pair_stage_floats(p.rows.layout)),
       n_columns(p.n_tokens * p.n_heads),
       n_workers(context.threads->size()) {}
 
@@ -156,7 +147,7 @@ AbsorbedScratch carve_absorbed(Workspace& workspace, const CpuContext& context,
   const int64_t tile_rows = pairs ? kPairTileRows : kAttendTileRows;
   AbsorbedScratch s{};
   s.gathered = workspace.take<int64_t>(2);
-  s.tile = workspace.take<float>((pairs ? kStageRows : tile_rows) * shape.stride);
+  s.tile = workspace.take<float>(pairs ? shape.stage_floats : tile_rows * shape.stride);
   s.scores = workspace.take<float>(tile_rows * kAttendMaxCols);
   s.decay = workspace.take<float>(kAttendMaxCols);
   s.limits = workspace.take<int32_t>(kAttendMaxCols);
@@ -169,7 +160,7 @@ AbsorbedScratch carve_absorbed(Workspace& workspace, const CpuContext& context,
   }
   s.query_pairs = workspace.take<uint32_t>(kAttendMaxCols / kPairUnit * query_stride(shape));
   s.keys = workspace.take<uint16_t>(kPairTileRows * shape.stride);
-  s.values = workspace.take<uint32_t>(kPairTileRows / 2 * shape.latent_padded);
+  s.values = workspace.take<uint32_t>(shape.latent_padded / kPairUnit * kValuePanel);
   s.weights = workspace.take<uint32_t>(kPairTileRows / 2 * kAttendMaxCols);
   return s;
 }
@@ -177,10 +168,9 @@ AbsorbedScratch carve_absorbed(Workspace& workspace, const CpuContext& context,
 void begin_absorbed(const CpuContext& context, const AbsorbedShape& shape,
                     const AbsorbedScratch& scratch) noexcept {
   scratch.gathered[0] = scratch.gathered[1] = -1;
-  // Padding that decoding leaves alone and products read: of the latent, and behind the rope.
-  const int64_t n_rows = context.pairs != nullptr ? kStageRows : kAttendTileRows;
-  clear_columns(scratch.tile, shape.stride, n_rows, shape.latent, shape.latent_padded);
-  clear_columns(scratch.tile, shape.stride, n_rows, shape.key_dim, shape.stride);
+  // Padding that decoding leaves alone and products read.
+  if (context.pairs == nullptr)
+    clear_columns(scratch.tile, shape.stride, kAttendTileRows, shape.latent, shape.latent_padded);
 }
 
 void gather_absorbed(const CpuContext& context, const AttendAbsorbedParams& p,
@@ -212,7 +202,8 @@ void attend_split(const CpuContext& context, const AttendAbsorbedParams& p,
     const bool all_seen = tile_end <= p.first_position + first_token + 1;
     if (!all_seen) set_limits(p, block, row, tile_rows, scratch.limits);
     if (context.pairs != nullptr)
-      attend_pairs(context, p, shape, scratch, block, row, tile_end - row, all_seen, partial);
+      attend_pairs(context, p, shape, scratch, block, row, tile_end - row, rows.end, all_seen,
+                   partial);
     else
       attend_floats(context, p, shape, scratch, block, row, tile_end - row, all_seen, partial);
     row = tile_end;

@@ -12,6 +12,7 @@ namespace fathom::cpu {
 // What follows from the shapes.
 struct AbsorbedShape {
   int64_t latent, latent_padded, key_dim, stride;  // values of a tile's row
+  int64_t stage_floats;
   int64_t n_columns, n_workers;
   AbsorbedShape(const CpuContext&, const AttendAbsorbedParams&) noexcept;
 };
@@ -36,7 +37,7 @@ struct SplitRows {
 struct AbsorbedScratch {
   int64_t* gathered;  // first column and number of columns of the queries that lie here
   float* tile;        // f32: [kAttendTileRows][stride]: latent, zeros to a full unit, rope;
-                      // pairs: rows on their way to them, [kStageRows][stride]
+                      // pairs: rows on their way to them, [stage_floats]
   float* scores;      // [rows of a tile][cols]
   float* decay;       // [cols]
   int32_t* limits;    // [cols]
@@ -45,7 +46,7 @@ struct AbsorbedScratch {
   // Pairs.
   uint32_t* query_pairs;  // [cols / 16][key_dim / 2][16]
   uint16_t* keys;         // [kPairTileRows][stride]
-  uint32_t* values;       // [kPairTileRows / 2][latent_padded]
+  uint32_t* values;       // [latent_padded / 16][kValuePanel]
   uint32_t* weights;      // [kPairTileRows / 2][cols]
 };
 AbsorbedScratch carve_absorbed(Workspace&, const CpuContext&, const AbsorbedShape&) noexcept;

@@ -9,26 +9,27 @@
 
 #include "cpu/attention_tiles.h"
 #include "cpu/matmul.h"
-#include "cpu/page_codec.h"
 #include "cpu/pair_kernels.h"
+#include "cpu/pair_pages.h"
 
 namespace fathom::cpu {
 namespace {
 
-constexpr int64_t kStageRows = 4;   // decoded to f32 at a time: what stays in L1
 constexpr int64_t kStripRows = 64;  // expanded at a time
 static_assert(kKvSplitRows % kPairExpandedRows == 0 && kPairExpandedRows % kStripRows == 0);
-static_assert(kStripRows % kStageRows == 0 && kPairUnit == kGroupRows);
+// Pairs of a panel of values; an odd number of cache lines, as in tile_stride().
+constexpr int64_t kValuePanel = (kPairExpandedRows / 2 + 1) * kPairUnit;
+static_assert(kPairUnit == kGroupRows);
 
 // Everything that follows from the shapes, and the parts of one worker's scratch.
 struct Expanded {
   int64_t latent, latent_padded, rope, nope, nope_padded, value, value_padded;
   int64_t key_dim;  // of queries and keys: nope, zeros, rope
-  int64_t stage_stride, latent_stride, key_stride;
+  int64_t latent_stride, key_stride;
   int64_t panel;         // pairs of a panel of 16 outputs
   int64_t query_stride;  // pairs of a unit of 16 queries
 
-  float* stage;              // [kStageRows][stage_stride]: latent, zeros, rope
+  float* stage;              // for pack_pages()
   float* unpacked;           // [max(latent, nope panels * 16)][16]: weights on their way to panels
   float* turned;             // [nope][16]: a group of rows of a k_b that is stored the other way
   uint32_t* key_panels;      // [nope_padded / 16][panel]
@@ -36,7 +37,7 @@ struct Expanded {
   uint32_t* queries;         // [units][query_stride]
   uint16_t* latents;         // [kStripRows][latent_stride]
   uint16_t* keys;            // [kPairExpandedRows][key_stride]
-  uint32_t* values;          // [kPairExpandedRows / 2][value_padded]
+  uint32_t* values;          // [value_padded / 16][kValuePanel]
   float* scores;             // [kPairExpandedRows][kPairMaxCols]
   uint32_t* weights;         // [kPairExpandedRows / 2][kPairMaxCols]
   float *max, *sum, *decay;  // [kPairMaxCols]
@@ -52,14 +53,13 @@ struct Expanded {
     value = p.v_head_dim;
     value_padded = round_up(value, kPairUnit);
     key_dim = nope_padded + rope;
-    stage_stride = tile_stride(latent_padded + rope);
     latent_stride = tile_stride(latent_padded);
     key_stride = tile_stride(key_dim);
     panel = latent_padded / 2 * kPairUnit;
     query_stride = key_dim / 2 * kPairUnit;
     const int64_t task_tokens = round_up(std::min(p.n_tokens, kMaxTaskTokens), kPairUnit);
 
-    stage = workspace.take<float>(kStageRows * stage_stride);
+    stage = workspace.take<float>(pair_stage_floats(p.rows.layout));
     unpacked = workspace.take<float>(std::max(latent, nope_padded) * kPairUnit);
     turned = workspace.take<float>(nope * kPairUnit);
     key_panels = workspace.take<uint32_t>(nope_padded / kPairUnit * panel);
@@ -67,7 +67,7 @@ struct Expanded {
     queries = workspace.take<uint32_t>(task_tokens / kPairUnit * query_stride);
     latents = workspace.take<uint16_t>(kStripRows * latent_stride);
     keys = workspace.take<uint16_t>(kPairExpandedRows * key_stride);
-    values = workspace.take<uint32_t>(kPairExpandedRows / 2 * value_padded);
+    values = workspace.take<uint32_t>(value_padded / kPairUnit * kValuePanel);
     scores = workspace.take<float>(kPairExpandedRows * kPairMaxCols);
     weights = workspace.take<uint32_t>(kPairExpandedRows / 2 * kPairMaxCols);
     max = workspace.take<float>(kPairMaxCols);
@@ -81,14 +81,15 @@ struct Expanded {
 // f32 [n_rows][16] -> pairs along the rows.
 void pack_panel(const PairKernels& kernels, const float* x, int64_t n_rows,
                 uint32_t* out) noexcept {
-  kernels.pack_rows({.x = x,
-                     .x_stride = kPairUnit,
+  kernels.pack_rows({.type = kRowF32,
+                     .x = x,
+                     .x_bytes = kPairUnit * int64_t{sizeof(float)},
                      .n_rows = n_rows,
                      .n_cols = kPairUnit,
                      .rows = nullptr,
                      .row_stride = 0,
                      .pairs = out,
-                     .pair_stride = kPairUnit});
+                     .panel_stride = 0});
 }
 
 // Panels of the rows of a weight [outputs, latent].
@@ -151,46 +152,35 @@ void gather_queries(const CpuContext& context, const AttendExpandedParams& p, co
 
 // Keys and values of rows [row, row + n_rows) into the tile.
 void expand_tile(const CpuContext& context, const AttendExpandedParams& p, const Expanded& s,
-                 int64_t row, int64_t n_rows) noexcept {
+                 int64_t row, int64_t n_rows, int64_t end_row) noexcept {
   const PairKernels& kernels = *context.pairs;
   for (int64_t strip = 0; strip < n_rows; strip += kStripRows) {
     const int64_t n = std::min(kStripRows, n_rows - strip);
     uint16_t* keys = s.keys + strip * s.key_stride;
-    for (int64_t at = 0; at < n; at += kStageRows) {
-      PackRows pack{.x = s.stage,
-                    .x_stride = s.stage_stride,
-                    .n_rows = std::min(kStageRows, n - at),
-                    .n_cols = s.latent_padded,
-                    .rows = s.latents + at * s.latent_stride,
-                    .row_stride = s.latent_stride,
-                    .pairs = nullptr,
-                    .pair_stride = 0};
-      decode_pages(*context.rows, p.rows, row + strip + at, pack.n_rows, s.stage, s.stage_stride,
-                   s.stage + s.latent_padded, s.stage_stride);
-      kernels.pack_rows(pack);
-      pack.x += s.latent_padded;
-      pack.n_cols = round_up(s.rope, kPairUnit);
-      pack.rows = keys + at * s.key_stride + s.nope_padded;
-      pack.row_stride = s.key_stride;
-      kernels.pack_rows(pack);
-    }
+    pack_pages(context, p.rows, row + strip, n, end_row, s.stage,
+               {.latent = s.latents,
+                .latent_stride = s.latent_stride,
+                .pairs = nullptr,
+                .panel_stride = 0,
+                .rope = keys + s.nope_padded,
+                .rope_stride = s.key_stride});
     ExpandPairs expand{.x = s.latents,
                        .x_stride = s.latent_stride,
                        .n_rows = n,
                        .k = s.latent_padded,
-                       .panels = s.key_panels,
-                       .panel_stride = s.panel,
+                       .weights = s.key_panels,
+                       .weight_stride = s.panel,
                        .n_panels = s.nope_padded / kPairUnit,
                        .rows = keys,
                        .row_stride = s.key_stride,
                        .pairs = nullptr,
-                       .pair_stride = 0};
+                       .panel_stride = 0};
     kernels.expand(expand);
-    expand.panels = s.value_panels;
+    expand.weights = s.value_panels;
     expand.n_panels = s.value_padded / kPairUnit;
     expand.rows = nullptr;
-    expand.pairs = s.values + strip / 2 * s.value_padded;
-    expand.pair_stride = s.value_padded;
+    expand.pairs = s.values + strip / 2 * kPairUnit;
+    expand.panel_stride = kValuePanel;
     kernels.expand(expand);
   }
 }
@@ -222,7 +212,7 @@ void attend_block(const CpuContext& context, const AttendExpandedParams& p, cons
                          .key_stride = s.key_stride,
                          .k = s.key_dim,
                          .values = s.values,
-                         .value_stride = s.value_padded,
+                         .value_stride = kValuePanel,
                          .n_values = s.value_padded,
                          .n_rows = n_rows,
                          .limits = all_seen ? nullptr : s.limits,
@@ -256,12 +246,10 @@ void attend_expanded_pairs(const CpuContext& context, const AttendExpandedParams
   if (p.rows.first_row >= end_row) return;
   unpack_head(context, p, s, task.head);
   gather_queries(context, p, s, task);
-  // Padding that decoding leaves alone.
-  clear_columns(s.stage, s.stage_stride, kStageRows, s.latent, s.stage_stride);
   if (s.value != s.value_padded) std::fill_n(s.out, kPairMaxCols * s.value_padded, 0.0f);
   for (int64_t row = p.rows.first_row; row < end_row;) {
     const int64_t tile_end = std::min(end_row, (row / kPairExpandedRows + 1) * kPairExpandedRows);
-    expand_tile(context, p, s, row, tile_end - row);
+    expand_tile(context, p, s, row, tile_end - row, end_row);
     for (int64_t block = task.first; block < task.end; block += kPairMaxCols) {
       // Rows behind the block's last query would be masked.
       const int64_t last_token = std::min<int64_t>(block + kPairMaxCols, task.end) - 1;

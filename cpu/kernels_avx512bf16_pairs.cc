@@ -17,13 +17,19 @@ inline int min_int(int64_t a, int64_t b) {
 inline __m256i narrow(F v) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
 }
-// Lane by lane pair(even, odd).
-inline I pairs_of(F even, F odd) {
+// bf16 of 16 values of `even` in the lower half, of `odd` in the upper.
+inline I halves_of(F even, F odd) {
+  return reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd, even));
+}
+// Halves to pairs, lane by lane.
+inline I interleaved(I halves) {
   alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const I both = reinterpret_cast<I>(_mm512_cvtne2ps_pbh(odd, even));
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), halves);
+}
+inline I pairs_of(F even, F odd) {
+  return interleaved(halves_of(even, odd));
 }
 // sum += both products of each lane.
 inline F dot_pairs(F sum, I a, I b) {
@@ -60,24 +66,62 @@ void pack_columns(const PackColumns& p) {
   }
 }
 
-void pack_rows(const PackRows& p) {
+// Columns [0, n) of sixteen of two rows as halves; n may be more than 16, the lanes behind are
+// zero.
+struct HalvesF32 {
+  static constexpr int kBytes = 4;
+  static I load(const uint8_t* even, const uint8_t* odd, int n) {
+    return halves_of(
+        f_load_first(reinterpret_cast<const float*>(even), n),
+        odd == nullptr ? f_zero() : f_load_first(reinterpret_cast<const float*>(odd), n));
+  }
+};
+inline __m256i load_words(const uint8_t* p, int n) {
+  return p == nullptr ? _mm256_setzero_si256() : _mm256_maskz_loadu_epi16(first_lanes(n), p);
+}
+struct HalvesF16 {
+  static constexpr int kBytes = 2;
+  static I load(const uint8_t* even, const uint8_t* odd, int n) {
+    return halves_of(_mm512_cvtph_ps(load_words(even, n)), _mm512_cvtph_ps(load_words(odd, n)));
+  }
+};
+struct HalvesBF16 {
+  static constexpr int kBytes = 2;
+  static I load(const uint8_t* even, const uint8_t* odd, int n) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(load_words(even, n)), load_words(odd, n), 1);
+  }
+};
+
+template <class Halves>
+void pack_rows_of(const PackRows& p) {
   for (int64_t r = 0; r < p.n_rows; r += 2) {
-    const float* x = p.x + r * p.x_stride;
-    const bool two = r + 1 < p.n_rows;
+    const uint8_t* even = static_cast<const uint8_t*>(p.x) + r * p.x_bytes;
+    const uint8_t* odd = r + 1 < p.n_rows ? even + p.x_bytes : nullptr;
+    uint16_t* rows = p.rows + r * p.row_stride;
+    uint32_t* pairs = p.pairs + r / 2 * kPairUnit;
     for (int64_t c = 0; c < p.n_cols; c += kLanes) {
-      const F even = f_load(x + c);
-      const F odd = two ? f_load(x + p.x_stride + c) : f_zero();
+      const int64_t at = c * Halves::kBytes;
+      const I halves = Halves::load(even + at, odd == nullptr ? nullptr : odd + at,
+                                    min_int(kLanes, p.n_cols - c));
       if (p.rows != nullptr) {
-        auto* to = reinterpret_cast<__m256i*>(p.rows + r * p.row_stride + c);
-        _mm256_storeu_si256(to, narrow(even));
-        if (two)
-          _mm256_storeu_si256(reinterpret_cast<__m256i*>(p.rows + (r + 1) * p.row_stride + c),
-                              narrow(odd));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + c), _mm512_castsi512_si256(halves));
+        if (odd != nullptr)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + p.row_stride + c),
+                              _mm512_extracti64x4_epi64(halves, 1));
       }
       if (p.pairs != nullptr)
-        _mm512_storeu_si512(p.pairs + r / 2 * p.pair_stride + c, pairs_of(even, odd));
+        _mm512_storeu_si512(pairs + c / kPairUnit * p.panel_stride, interleaved(halves));
     }
   }
+}
+
+void pack_rows(const PackRows& p) {
+  if (p.type == kRowF32)
+    pack_rows_of<HalvesF32>(p);
+  else if (p.type == kRowF16)
+    pack_rows_of<HalvesF16>(p);
+  else
+    pack_rows_of<HalvesBF16>(p);
 }
 
 // ---- products ---------------------------------------------------------------------------------
@@ -152,7 +196,7 @@ struct ToRows {
 // Blocks begin at even rows.
 struct ToPairs {
   uint32_t* pairs;
-  int64_t pair_stride;
+  int64_t panel_stride;
   template <int kRows, int kVectors>
   void start(int64_t, int64_t, F (&sums)[kRows][kVectors]) const {
     for (auto& row : sums)
@@ -163,7 +207,7 @@ struct ToPairs {
     for (int i = 0; i < kRows; i += 2)
       for (int v = 0; v < kVectors; ++v) {
         const F odd = i + 1 < kRows ? sums[i + 1 < kRows ? i + 1 : i][v] : f_zero();
-        _mm512_storeu_si512(pairs + (row + i) / 2 * pair_stride + (vector + v) * kLanes,
+        _mm512_storeu_si512(pairs + (vector + v) * panel_stride + (row + i) / 2 * kPairUnit,
                             pairs_of(sums[i][v], odd));
       }
   }
@@ -196,14 +240,14 @@ void expand(const ExpandPairs& p) {
   const Operands operands{.a = reinterpret_cast<const uint32_t*>(p.x),
                           .a_row = p.x_stride / 2,
                           .a_k = 1,
-                          .b = p.panels,
+                          .b = p.weights,
                           .b_k = kPairUnit,
-                          .unit_stride = p.panel_stride,
+                          .unit_stride = p.weight_stride,
                           .k = p.k / 2};
   if (p.rows != nullptr)
     product(operands, ToRows{p.rows, p.row_stride}, p.n_rows, p.n_panels);
   else
-    product(operands, ToPairs{p.pairs, p.pair_stride}, p.n_rows, p.n_panels);
+    product(operands, ToPairs{p.pairs, p.panel_stride}, p.n_rows, p.n_panels);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -254,8 +298,8 @@ void attend(const AttendPairs& t) {
            .a_row = 1,
            .a_k = t.n_cols,
            .b = t.values,
-           .b_k = t.value_stride,
-           .unit_stride = kPairUnit,
+           .b_k = kPairUnit,
+           .unit_stride = t.value_stride,
            .k = (t.n_rows + 1) / 2},
           ToF32{t.out, t.out_stride, t.decay}, t.n_used, t.n_values / kLanes);
 }

@@ -1,6 +1,7 @@
 // pair_kernels.h in plain loops: the oracle of the vector kernels.  Sums are kept in double.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "cpu/pair_kernels.h"
@@ -34,20 +35,34 @@ void pack_columns(const PackColumns& p) {
     }
 }
 
+float stored_value(const PackRows& p, int64_t row, int64_t col) noexcept {
+  if (row >= p.n_rows || col >= p.n_cols) return 0;
+  const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
+  if (p.type == kRowF32) {
+    float value;
+    std::memcpy(&value, x + 4 * col, sizeof value);
+    return value;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, x + 2 * col, sizeof bits);
+  return p.type == kRowF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
+}
+
 void pack_rows(const PackRows& p) {
+  const int64_t n_cols = (p.n_cols + kPairUnit - 1) / kPairUnit * kPairUnit;
   for (int64_t r = 0; r < p.n_rows; ++r)
-    for (int64_t c = 0; c < p.n_cols; ++c) {
-      const float value = p.x[r * p.x_stride + c];
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const float value = stored_value(p, r, c);
       if (p.rows != nullptr) p.rows[r * p.row_stride + c] = f32_to_bf16(value);
       if (p.pairs != nullptr && r % 2 == 0)
-        p.pairs[r / 2 * p.pair_stride + c] =
-            pair(value, r + 1 < p.n_rows ? p.x[(r + 1) * p.x_stride + c] : 0.0f);
+        p.pairs[c / kPairUnit * p.panel_stride + r / 2 * kPairUnit + c % kPairUnit] =
+            pair(value, stored_value(p, r + 1, c));
     }
 }
 
 float expanded(const ExpandPairs& p, int64_t row, int64_t col) noexcept {
   if (row >= p.n_rows) return 0;
-  const uint32_t* panel = p.panels + col / kPairUnit * p.panel_stride + col % kPairUnit;
+  const uint32_t* panel = p.weights + col / kPairUnit * p.weight_stride + col % kPairUnit;
   double sum = 0;
   for (int64_t i = 0; i < p.k / 2; ++i)
     sum += dot_pair(load_pair(p.x + row * p.x_stride + 2 * i), panel[i * kPairUnit]);
@@ -59,7 +74,7 @@ void expand(const ExpandPairs& p) {
     for (int64_t col = 0; col < p.n_panels * kPairUnit; ++col) {
       if (p.rows != nullptr) p.rows[row * p.row_stride + col] = f32_to_bf16(expanded(p, row, col));
       if (p.pairs != nullptr && row % 2 == 0)
-        p.pairs[row / 2 * p.pair_stride + col] =
+        p.pairs[col / kPairUnit * p.panel_stride + row / 2 * kPairUnit + col % kPairUnit] =
             pair(expanded(p, row, col), expanded(p, row + 1, col));
     }
 }
@@ -94,10 +109,10 @@ void attend(const AttendPairs& p) {
     if (col >= p.n_used) continue;
     for (int64_t i = 0; i < p.n_values; ++i) {
       float& out = p.out[col * p.out_stride + i];
+      const uint32_t* values = p.values + i / kPairUnit * p.value_stride + i % kPairUnit;
       double sum = static_cast<double>(out) * decay;
       for (int64_t row = 0; row < p.n_rows; row += 2)
-        sum +=
-            dot_pair(p.weights[row / 2 * p.n_cols + col], p.values[row / 2 * p.value_stride + i]);
+        sum += dot_pair(p.weights[row / 2 * p.n_cols + col], values[row / 2 * kPairUnit]);
       out = static_cast<float>(sum);
     }
   }

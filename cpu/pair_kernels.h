@@ -10,6 +10,8 @@
 
 #include <stdint.h>
 
+#include "cpu/rows_kernels.h"
+
 namespace fathom::cpu {
 
 // Rows of the cache per tile; both divide kKvSplitRows.  Larger than the f32 tiles: the running
@@ -32,16 +34,22 @@ struct PackColumns {
   int64_t unit_stride;
 };
 
-// Rows of f32 as bf16 in the two forms that attend reads, each if not null; n_cols % 16 == 0.
+// Rows as bf16 in the two forms that attend reads, each if not null; whole units of 16 columns are
+// written, zeros behind n_cols.
 //   rows[r * row_stride + c] = bf16 of x[r, c]
-//   pairs[r / 2 * pair_stride + c] = pair(x[r, c], x[r + 1, c]), r even; behind an odd end, zero
+//   pairs[c / 16 * panel_stride + r / 2 * 16 + c % 16] = pair(x[r, c], x[r + 1, c]), r even;
+//                                                        behind an odd end, zero
+// Panels, because products walk down the rows of a few columns: rows 2 KB apart would share two
+// sets of the cache.
 struct PackRows {
-  const float* x;
-  int64_t x_stride, n_rows, n_cols;
+  RowType type;  // kRowF32, kRowF16 or kRowBF16
+  const void* x;
+  int64_t x_bytes;  // from row to row
+  int64_t n_rows, n_cols;
   uint16_t* rows;
   int64_t row_stride;
   uint32_t* pairs;
-  int64_t pair_stride;
+  int64_t panel_stride;
 };
 
 // Products of rows with panels of 16 outputs, rounded to bf16 in one of the forms of PackRows (the
@@ -50,13 +58,13 @@ struct ExpandPairs {
   const uint16_t* x;  // [n_rows][k]
   int64_t x_stride;
   int64_t n_rows, k;
-  const uint32_t* panels;  // [n_panels][k / 2][16]
-  int64_t panel_stride;
+  const uint32_t* weights;  // [n_panels][k / 2][16]
+  int64_t weight_stride;    // from panel to panel
   int64_t n_panels;
   uint16_t* rows;
   int64_t row_stride;
   uint32_t* pairs;
-  int64_t pair_stride;
+  int64_t panel_stride;
 };
 
 // As AttendTile in rows_kernels.h.
@@ -67,13 +75,13 @@ struct AttendPairs {
   int64_t n_used;
   const uint16_t* keys;  // [n_rows][k]
   int64_t key_stride, k;
-  const uint32_t* values;  // [round_up(n_rows, 2) / 2][n_values]
-  int64_t value_stride;
-  int64_t n_values;       // multiple of 16
-  int64_t n_rows;         // at most kPairMaxRows
-  const int32_t* limits;  // [n_cols], or null when every column sees every row
-  float *max, *sum;       // [n_cols]
-  float* out;             // [n_used][n_values]
+  const uint32_t* values;  // panels of PackRows: [n_values / 16][round_up(n_rows, 2) / 2][16]
+  int64_t value_stride;    // from panel to panel
+  int64_t n_values;        // multiple of 16
+  int64_t n_rows;          // at most kPairMaxRows
+  const int32_t* limits;   // [n_cols], or null when every column sees every row
+  float *max, *sum;        // [n_cols]
+  float* out;              // [n_used][n_values]
   int64_t out_stride;
   float* scores;      // scratch [n_rows][n_cols]
   uint32_t* weights;  // scratch [round_up(n_rows, 2) / 2][n_cols]

@@ -67,31 +67,38 @@ TEST_CASE("columns and rows are packed to the same bits", "[cpu][pairs]") {
         INFO(n_columns << " columns of " << n);
         CHECK(got == want);
       }
-    for (const int64_t n_rows : {1, 2, 3, 8, 63})
-      for (const int64_t n_cols : {16, 48, 512})
-        for (const int forms : {1, 2, 3}) {
-          std::vector<float> x = random_values(n_rows * (n_cols + 5), 2);
-          x[3] = std::numeric_limits<float>::infinity();
-          std::vector<uint16_t> rows(static_cast<size_t>(n_rows * (n_cols + 16)), 9),
-              got_rows = rows;
-          std::vector<uint32_t> pairs(static_cast<size_t>((n_rows + 1) / 2 * (n_cols + 16)), 9);
-          std::vector<uint32_t> got_pairs = pairs;
-          cpu::PackRows p{.x = x.data(),
-                          .x_stride = n_cols + 5,
-                          .n_rows = n_rows,
-                          .n_cols = n_cols,
-                          .rows = (forms & 1) != 0 ? rows.data() : nullptr,
-                          .row_stride = n_cols + 16,
-                          .pairs = (forms & 2) != 0 ? pairs.data() : nullptr,
-                          .pair_stride = n_cols + 16};
-          cpu::pair_kernels_scalar().pack_rows(p);
-          if (p.rows != nullptr) p.rows = got_rows.data();
-          if (p.pairs != nullptr) p.pairs = got_pairs.data();
-          table->pack_rows(p);
-          INFO(n_rows << " rows of " << n_cols << ", forms " << forms);
-          CHECK(got_rows == rows);
-          CHECK(got_pairs == pairs);
-        }
+    for (const cpu::RowType type : {cpu::kRowF32, cpu::kRowF16, cpu::kRowBF16})
+      for (const int64_t n_rows : {1, 2, 3, 8, 63})
+        for (const int64_t n_cols : {16, 44, 512})
+          for (const int forms : {1, 2, 3}) {
+            std::vector<float> x = random_values(n_rows * (n_cols + 5), 2);
+            x[3] = std::numeric_limits<float>::infinity();
+            std::vector<uint16_t> words;
+            for (const float v : x)
+              words.push_back(type == cpu::kRowF16 ? f32_to_f16(v) : f32_to_bf16(v));
+            const int64_t width = (n_cols + 15) / 16 * 16;
+            std::vector<uint16_t> rows(static_cast<size_t>(n_rows * (width + 16)), 9);
+            std::vector<uint32_t> pairs(static_cast<size_t>(((n_rows + 1) / 2 + 1) * width), 9);
+            std::vector<uint16_t> got_rows = rows;
+            std::vector<uint32_t> got_pairs = pairs;
+            const bool wide = type == cpu::kRowF32;
+            cpu::PackRows p{.type = type,
+                            .x = wide ? static_cast<void*>(x.data()) : words.data(),
+                            .x_bytes = (n_cols + 5) * (wide ? 4 : 2),
+                            .n_rows = n_rows,
+                            .n_cols = n_cols,
+                            .rows = (forms & 1) != 0 ? rows.data() : nullptr,
+                            .row_stride = width + 16,
+                            .pairs = (forms & 2) != 0 ? pairs.data() : nullptr,
+                            .panel_stride = ((n_rows + 1) / 2 + 1) * 16};
+            cpu::pair_kernels_scalar().pack_rows(p);
+            if (p.rows != nullptr) p.rows = got_rows.data();
+            if (p.pairs != nullptr) p.pairs = got_pairs.data();
+            table->pack_rows(p);
+            INFO(n_rows << " rows of " << n_cols << ", forms " << forms << ", type " << type);
+            CHECK(got_rows == rows);
+            CHECK(got_pairs == pairs);
+          }
   }
 }
 
@@ -103,19 +110,19 @@ TEST_CASE("rows are expanded to what the scalar kernel gives", "[cpu][pairs]") {
           const int64_t k = 96, width = n_panels * 16;
           const std::vector<uint16_t> x = random_bf16(n_rows * (k + 2), 3);
           const std::vector<uint32_t> panels = random_pairs(n_panels * (k / 2) * 16, 4);
-          const size_t size = static_cast<size_t>((n_rows + 1) * (width + 4));
+          const size_t size = static_cast<size_t>((n_rows + 3) * (width + 4));
           std::vector<uint16_t> want(2 * size, 0), got = want;
           cpu::ExpandPairs p{.x = x.data(),
                              .x_stride = k + 2,
                              .n_rows = n_rows,
                              .k = k,
-                             .panels = panels.data(),
-                             .panel_stride = k / 2 * 16,
+                             .weights = panels.data(),
+                             .weight_stride = k / 2 * 16,
                              .n_panels = n_panels,
                              .rows = nullptr,
                              .row_stride = width + 4,
                              .pairs = nullptr,
-                             .pair_stride = width + 4};
+                             .panel_stride = ((n_rows + 1) / 2 + 1) * 16};
           const auto run = [&](const cpu::PairKernels& kernels, std::vector<uint16_t>& out) {
             if (to_rows)
               p.rows = out.data();
@@ -171,7 +178,7 @@ TEST_CASE("attention over pairs is what the scalar kernel gives", "[cpu][pairs]"
                         .key_stride = c.k + 16,
                         .k = c.k,
                         .values = values.data(),
-                        .value_stride = c.n_values,
+                        .value_stride = (c.n_rows + 1) / 2 * 16,
                         .n_values = c.n_values,
                         .n_rows = c.n_rows,
                         .limits = c.limited ? limits.data() : nullptr,
