@@ -227,8 +227,11 @@ void plain_dot(const PlainDot& p) {
   for (int64_t i = 0; i < p.n_rows; ++i) {
     const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
     double sum = 0;
-    for (int64_t k = 0; k < p.n; ++k) sum += static_cast<double>(kRead(w, k)) * x[k];
-    p.sums[i] += p.scale * static_cast<float>(sum);
+    for (int64_t k = 0; k < p.n; ++k) {
+      const float scale = p.scales == nullptr ? 1.0f : p.scales[k / kScaleColumns];
+      sum += static_cast<double>(kRead(w, k)) * scale * x[k];
+    }
+    p.sums[i] = static_cast<float>(sum);
   }
 }
 

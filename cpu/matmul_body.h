@@ -506,21 +506,39 @@ void panel_product(const PanelProduct& p) {
 
 // ---- plain element types ----
 
+// Each reads kLanes values, or twice as many, in units of 1 / kUnit.
 struct ReadF32 {
   static constexpr int kBytes = 4;
-  static F load(const void* p) { return f_load(static_cast<const float*>(p)); }
+  static constexpr float kUnit = 1;
+  static F load(const uint8_t* p) { return f_load(reinterpret_cast<const float*>(p)); }
+  static void load_two(const uint8_t* p, F& a, F& b) {
+    a = load(p);
+    b = load(p + kLanes * kBytes);
+  }
 };
 struct ReadF16 {
   static constexpr int kBytes = 2;
-  static F load(const void* p) { return f_load_f16(p); }
+  static constexpr float kUnit = 1;
+  static F load(const uint8_t* p) { return f_load_f16(p); }
+  static void load_two(const uint8_t* p, F& a, F& b) {
+    a = load(p);
+    b = load(p + kLanes * kBytes);
+  }
 };
 struct ReadBF16 {
   static constexpr int kBytes = 2;
-  static F load(const void* p) { return f_load_bf16(p); }
+  static constexpr float kUnit = 1;
+  static F load(const uint8_t* p) { return f_load_bf16(p); }
+  static void load_two(const uint8_t* p, F& a, F& b) {
+    a = load(p);
+    b = load(p + kLanes * kBytes);
+  }
 };
 struct ReadF8 {
   static constexpr int kBytes = 1;
-  static F load(const void* p) { return f_load_f8(p); }
+  static constexpr float kUnit = 256;
+  static F load(const uint8_t* p) { return f_mul(f_load_f8(p), f_set(1 / kUnit)); }
+  static void load_two(const uint8_t* p, F& a, F& b) { f_load_f8_parts(p, a, b); }
 };
 
 // The last n < kLanes values, the other lanes zero.
@@ -534,19 +552,47 @@ inline F load_rest(const uint8_t* p, int64_t n) {
 template <class Type>
 void widen(const void* weights, int64_t n, float scale, float* out) {
   const auto* w = static_cast<const uint8_t*>(weights);
-  const F factor = f_set(scale);
+  const F factor = f_set(scale * Type::kUnit);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    f_store(out + i, f_mul(Type::load(w + i * Type::kBytes), factor));
-  if (i < n)
-    f_store_first(out + i, f_mul(load_rest<Type>(w + i * Type::kBytes, n - i), factor),
-                  static_cast<int>(n - i));
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    F a, b;
+    Type::load_two(w + i * Type::kBytes, a, b);
+    f_store(out + i, f_mul(a, factor));
+    f_store(out + i + kLanes, f_mul(b, factor));
+  }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    f_store_first(out + i, f_mul(load_rest<Type>(w + i * Type::kBytes, left), factor), left);
+  }
+}
+
+// sum + weights . x over n values, in kChains sums that hide the latency.
+template <class Type, int kRows, int kChains>
+inline void add_plain_dots(const uint8_t* w, int64_t n, const float* const* x,
+                           F (&sum)[kRows][kChains]) {
+  static_assert(kChains == 2 || kChains == 4);
+  int64_t i = 0;
+  for (; i + kLanes * kChains <= n; i += kLanes * kChains)
+    for (int c = 0; c < kChains; c += 2) {
+      F a, b;
+      Type::load_two(w + (i + kLanes * c) * Type::kBytes, a, b);
+      for (int r = 0; r < kRows; ++r) {
+        sum[r][c] = f_fma(a, f_load(x[r] + i + kLanes * c), sum[r][c]);
+        sum[r][c + 1] = f_fma(b, f_load(x[r] + i + kLanes * (c + 1)), sum[r][c + 1]);
+      }
+    }
+  for (; i < n; i += kLanes) {
+    const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
+    const F value = load_rest<Type>(w + i * Type::kBytes, left);
+    for (int r = 0; r < kRows; ++r)
+      sum[r][0] = f_fma(value, f_load_first(x[r] + i, left), sum[r][0]);
+  }
 }
 
 template <class Type, int kRows>
 void dot_rows(const PlainDot& p) {
   // One row of activations has too few independent sums to hide the latency; it gets more.
-  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
+  constexpr int kChains = kRows == 1 ? 4 : 2;
   const auto* w = static_cast<const uint8_t*>(p.weights);
   const float* x[kRows];
   F sum[kRows][kChains];
@@ -554,26 +600,26 @@ void dot_rows(const PlainDot& p) {
     x[r] = p.x + (p.rows ? p.rows[r] : r) * p.x_stride;
     for (int c = 0; c < kChains; ++c) sum[r][c] = f_zero();
   }
-  int64_t i = 0;
-  for (; i + kLanes * kChains <= p.n; i += kLanes * kChains) {
-    for (int c = 0; c < kChains; ++c) {
-      const F value = Type::load(w + (i + kLanes * c) * Type::kBytes);
-      for (int r = 0; r < kRows; ++r)
-        sum[r][c] = f_fma(value, f_load(x[r] + i + kLanes * c), sum[r][c]);
+  if (p.scales == nullptr) {
+    add_plain_dots<Type>(w, p.n, x, sum);
+  } else {
+    for (int64_t k = 0; k < p.n; k += kScaleColumns) {
+      const int64_t n = p.n - k < kScaleColumns ? p.n - k : kScaleColumns;
+      F part[kRows][kChains];
+      for (auto& row : part)
+        for (F& v : row) v = f_zero();
+      add_plain_dots<Type>(w + k * Type::kBytes, n, x, part);
+      const F scale = f_set(p.scales[k / kScaleColumns]);
+      for (int r = 0; r < kRows; ++r) {
+        for (int c = 0; c < kChains; ++c) sum[r][c] = f_fma(part[r][c], scale, sum[r][c]);
+        x[r] += n;
+      }
     }
-  }
-  for (; i < p.n; i += kLanes) {
-    const int64_t left = p.n - i;
-    const F value = left >= kLanes ? Type::load(w + i * Type::kBytes)
-                                   : load_rest<Type>(w + i * Type::kBytes, left);
-    const int lanes = left < kLanes ? static_cast<int>(left) : kLanes;
-    for (int r = 0; r < kRows; ++r)
-      sum[r][0] = f_fma(value, f_load_first(x[r] + i, lanes), sum[r][0]);
   }
   for (int r = 0; r < kRows; ++r) {
     F total = sum[r][0];
     for (int c = 1; c < kChains; ++c) total = f_add(total, sum[r][c]);
-    p.sums[r] += p.scale * f_sum(total);
+    p.sums[r] = Type::kUnit * f_sum(total);
   }
 }
 

@@ -57,11 +57,11 @@ struct PanelProduct {
   bool add;
 };
 
-// sums[i] += scale * sum_k weights[k] * x[i, k] for one row of plain weights, n_rows <= kDotRows.
+// sums[i] = sum_k scale(k) * weights[k] * x[i, k] for one row of plain weights, n_rows <= kDotRows.
 struct PlainDot {
   const void* weights;  // [n]
   int64_t n;
-  float scale;
+  const float* scales;  // one per kScaleColumns weights; null: 1
   const float* x;
   int64_t x_stride;
   const int32_t* rows;
@@ -69,6 +69,7 @@ struct PlainDot {
   float* sums;
 };
 inline constexpr int kDotRows = 4;
+inline constexpr int kScaleColumns = 128;  // of block-scaled F8_E4M3
 
 struct MatmulKernels {
   const char* name;

@@ -9,6 +9,8 @@
 namespace fathom::cpu {
 namespace {
 
+static_assert(kScaleColumns == kF8ScaleBlock);
+
 // Index into the tables of plain types, or kPlainTypes.
 PlainType plain_type(DType dtype) noexcept {
   switch (dtype) {
@@ -101,30 +103,25 @@ void multiply_dot(const MatmulKernels& kernels, const Weight& w, int64_t index, 
     const int64_t row = slice.row0 + c;
     const std::byte* src = w.matrix(index) + row * bytes_per_row;
     float sums[kDotRows] = {};
-    PlainDot dot{.weights = src,
-                 .n = w.cols,
-                 .scale = 1.0f,
-                 .x = a.x,
-                 .x_stride = a.x_stride,
-                 .rows = a.rows,
-                 .n_rows = a.n_rows,
-                 .sums = sums};
+    PlainDot dot{
+        .weights = src,
+        .n = w.cols,
+        .scales = scales == nullptr ? nullptr : scales + row / kF8ScaleBlock * scale_columns(w),
+        .x = a.x,
+        .x_stride = a.x_stride,
+        .rows = a.rows,
+        .n_rows = a.n_rows,
+        .sums = sums};
     if (type == kPlainTypes) {
+      float parts[kDotRows];
+      dot.sums = parts;
       for (int64_t k = 0; k < w.cols; k += kChunk) {
         dot.n = std::min(kChunk, w.cols - k);
         widen_row(kernels, w, index, row, k, dot.n, values);
         dot.weights = values;
         dot.x = a.x + k;
         kernels.plain_dot[kPlainF32](dot);
-      }
-    } else if (scales != nullptr) {
-      const float* row_scales = scales + row / kF8ScaleBlock * scale_columns(w);
-      for (int64_t k = 0; k < w.cols; k += kF8ScaleBlock) {
-        dot.weights = src + k;
-        dot.n = std::min<int64_t>(kF8ScaleBlock, w.cols - k);
-        dot.scale = row_scales[k / kF8ScaleBlock];
-        dot.x = a.x + k;
-        kernels.plain_dot[type](dot);
+        for (int64_t i = 0; i < a.n_rows; ++i) sums[i] += parts[i];
       }
     } else {
       kernels.plain_dot[type](dot);

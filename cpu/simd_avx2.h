@@ -96,7 +96,9 @@ inline int32_t i_sum(I v) {
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
-inline I i_load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
+inline I i_load(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+}
 // Eight bytes, without sign.
 inline I i_load_u8(const void* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
@@ -162,10 +164,26 @@ inline F f_load_f8(const void* p) {
   return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
 }
 
+// Two vectors of E4M3, each 2^-8 of its value.
+inline void f_load_f8_parts(const void* p, F& a, F& b) {
+  const __m128i codes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  const __m128i magnitude = _mm_set1_epi8(0x7f);
+  const __m128i nan = _mm_cmpeq_epi8(_mm_and_si128(codes, magnitude), magnitude);
+  // The sign fills the upper byte: shifted by seven it stands in bits 15 and 14.
+  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7),
+                                        _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const __m256i marked =
+      _mm256_or_si256(half, _mm256_and_si256(_mm256_cvtepi8_epi16(nan), _mm256_set1_epi16(0x7e00)));
+  a = _mm256_cvtph_ps(_mm256_castsi256_si128(marked));
+  b = _mm256_cvtph_ps(_mm256_extracti128_si256(marked, 1));
+}
+
 inline B b_load(const void* p) {
   return _mm256_loadu_si256(static_cast<const B*>(p));
 }
-inline void b_store(void* p, B v) { _mm256_storeu_si256(static_cast<B*>(p), v); }
+inline void b_store(void* p, B v) {
+  _mm256_storeu_si256(static_cast<B*>(p), v);
+}
 inline B b_low4(B v) {
   return _mm256_and_si256(v, _mm256_set1_epi8(15));
 }

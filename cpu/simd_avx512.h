@@ -95,7 +95,9 @@ inline float f_max_lane(F v) {
 inline int32_t i_sum(I v) {
   return _mm512_reduce_add_epi32(v);
 }
-inline I i_load(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline I i_load(const int32_t* p) {
+  return _mm512_loadu_si512(p);
+}
 // Sixteen bytes, without sign.
 inline I i_load_u8(const void* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
@@ -158,10 +160,25 @@ inline F f_load_f8(const void* p) {
   return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
 }
 
+// Two vectors of E4M3, each 2^-8 of its value.
+inline void f_load_f8_parts(const void* p, F& a, F& b) {
+  const __m256i codes = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  const __m256i magnitude = _mm256_set1_epi8(0x7f);
+  const __mmask32 nan = _mm256_cmpeq_epi8_mask(_mm256_and_si256(codes, magnitude), magnitude);
+  // The sign fills the upper byte: shifted by seven it stands in bits 15 and 14.
+  const I half = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
+                                  _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+  const I marked = _mm512_mask_mov_epi16(half, nan, _mm512_set1_epi16(0x7e00));
+  a = _mm512_cvtph_ps(_mm512_castsi512_si256(marked));
+  b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(marked, 1));
+}
+
 inline B b_load(const void* p) {
   return _mm512_loadu_si512(p);
 }
-inline void b_store(void* p, B v) { _mm512_storeu_si512(p, v); }
+inline void b_store(void* p, B v) {
+  _mm512_storeu_si512(p, v);
+}
 inline B b_low4(B v) {
   return _mm512_and_si512(v, _mm512_set1_epi8(15));
 }

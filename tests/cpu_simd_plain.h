@@ -150,6 +150,10 @@ F f_load_i8(const void* p) {
 F f_load_f8(const void* p) {
   return f_each([&](int i) { return e4m3_to_f32(static_cast<const uint8_t*>(p)[i]); });
 }
+void f_load_f8_parts(const void* p, F& a, F& b) {
+  a = f_mul(f_load_f8(p), f_set(1.0f / 256));
+  b = f_mul(f_load_f8(static_cast<const uint8_t*>(p) + kLanes), f_set(1.0f / 256));
+}
 void f_store_bf16(uint16_t* p, F v) {
   for (int i = 0; i < kLanes; ++i) p[i] = f32_to_bf16(v.v[i]);
 }
