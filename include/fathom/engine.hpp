@@ -67,6 +67,16 @@ class Engine {
   // Makes the devices that config.devices names.  Errors: kConfig, kUnsupported, kMemory.
   static Result<Engine> create(const Config& config = {}, const HostHooks& hooks = {});
 
+  // Makes simulated devices: the machine's bytes and speeds, this library's plans, ledger, scheduler
+  // and cache, and no arithmetic.  A model of any size "loads" from its header or bare config.json
+  // and runs for any number of tokens in seconds: memory is counted, not touched, logits are zeros,
+  // and times - SessionTimes, seconds() - are those of the machine's clock.  All devices of the
+  // machine are used unless config.devices names some of them; a CPU device must be among them.
+  // Budgets that `config` leaves out are the machine's.  Errors: kConfig, kMemory.
+  static Result<Engine> simulate(const MachineDescription& machine, const Config& config = {},
+                                 const HostHooks& hooks = {});
+  bool simulated() const noexcept;
+
   const Config& config() const noexcept;
   // Devices in the order of config.devices.
   int n_devices() const noexcept;
@@ -74,6 +84,10 @@ class Engine {
   // The same devices as a description: kinds, bytes, rates and links.  Rates of real devices are
   // the documented ones of their kind until they are measured.
   const MachineDescription& machine() const noexcept;
+  // Seconds since the engine was made: on the wall, or on the clock of simulated devices.
+  double seconds() const noexcept;
+  // Seconds that a simulated device has worked so far; 0 for real ones.
+  double busy_seconds(int device) const noexcept;
 
   // Plans a model file from its header for `config` (default: the engine's).  Reads no weights; a
   // bare config.json is enough, with weights.type for what its weights are taken to be.

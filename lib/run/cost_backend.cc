@@ -31,10 +31,10 @@ Status CostBackend::weight_layout(Weight&) const noexcept {
   return holds_nothing();
 }
 
-double CostBackend::spend(const Work& work) noexcept {
+void CostBackend::spend(const Work& work, bool routed) noexcept {
   const double s = seconds(device_, work);
   busy_ += s;
-  return s;
+  if (routed) experts_ += s;
 }
 
 double CostBackend::row_bytes(const KvRows& rows) const noexcept {

@@ -72,20 +72,20 @@ class CostBackend : public Backend {
   void route(const OpContext&, const RouteParams& p) noexcept override { spend(work_of(p)); }
   void ffn(const OpContext&, const FfnParams& p) noexcept override { spend(work_of(p)); }
   void experts(const OpContext&, const ExpertsParams& p) noexcept override {
-    experts_ += spend(work_of(p));
+    spend(work_of(p), /*routed=*/true);
   }
   Status sync(const OpContext&) noexcept override { return {}; }
 
  protected:
-  // Adds an operation's time; returns it.
-  virtual double spend(const Work& work) noexcept;
+  // Adds an operation's time; `routed`: of routed experts.
+  virtual void spend(const Work& work, bool routed = false) noexcept;
   // Average bytes of the cached rows that `rows` names.
   virtual double row_bytes(const KvRows& rows) const noexcept;
 
   const MachineDevice device_;
-  double busy_ = 0, experts_ = 0;
 
  private:
+  double busy_ = 0, experts_ = 0;
   KvType kv_type_ = KvType::kF16;
 };
 

@@ -71,11 +71,7 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
 
   auto state = std::make_shared<run::EngineState>(
       config, hooks, std::move(devices), std::move(machine), std::move(accounts), host_limit);
-  for (int d = 0; d < static_cast<int>(names.size()); ++d) {
-    const int64_t runtime = state->devices[static_cast<size_t>(d)]->runtime_bytes();
-    FATHOM_TRY(state->ledger.acquire(d, Purpose::kRuntime, runtime));
-    state->log(LogLevel::kInfo, state->devices[static_cast<size_t>(d)]->describe());
-  }
+  FATHOM_TRY(state->start());
   return Engine(std::move(state));
 }
 
@@ -100,6 +96,9 @@ const Backend& Engine::device(int index) const noexcept {
 const MachineDescription& Engine::machine() const noexcept {
   return state_->machine;
 }
+double Engine::seconds() const noexcept {
+  return state_->seconds();
+}
 
 Result<Plan> Engine::plan(const std::string& model_path) const {
   return plan(model_path, state_->config);
@@ -107,8 +106,10 @@ Result<Plan> Engine::plan(const std::string& model_path) const {
 
 Result<Plan> Engine::plan(const std::string& model_path, const Config& config) const {
   return run::guarded([&]() -> Result<Plan> {
-    FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*state_, model_path, config));
-    return planner.plan(config);
+    Config asked = config;
+    if (simulated() && asked.devices == Config{}.devices) asked.devices = state_->config.devices;
+    FATHOM_TRY_ASSIGN(auto planner, run::Planner::open(*state_, model_path, asked));
+    return planner.plan(asked);
   });
 }
 

@@ -1,6 +1,8 @@
 // What an Engine handle shares with the models and sessions that live on it.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <memory>
 #include <vector>
 
@@ -9,6 +11,7 @@
 #include "fathom/machine.hpp"
 #include "ledger.h"
 #include "memory_range.h"
+#include "simulated_backend.h"
 
 namespace fathom::run {
 
@@ -20,15 +23,28 @@ class EngineState {
         hooks(std::move(hooks)),
         devices(std::move(devices)),
         machine(std::move(machine)),
-        ledger(std::move(accounts), host_budget, this->hooks.memory) {}
+        ledger(std::move(accounts), host_budget, this->hooks.memory),
+        host_device(std::max(this->machine.host(), 0)) {}
 
   Result<MemoryRange> allocate(int device, Purpose purpose, int64_t bytes) {
-    return MemoryRange::allocate(*devices[static_cast<size_t>(device)], ledger, device, purpose,
-                                 bytes);
+    return MemoryRange::allocate(memory_of(device, purpose), ledger, device, purpose, bytes);
   }
   Result<MemoryRange> reserve(int device, Purpose purpose, int64_t bytes) {
-    return MemoryRange::reserve(*devices[static_cast<size_t>(device)], ledger, device, purpose,
-                                bytes);
+    return MemoryRange::reserve(memory_of(device, purpose), ledger, device, purpose, bytes);
+  }
+  // Books what the devices themselves hold for life, and logs what they are.
+  Status start() {
+    for (int d = 0; d < static_cast<int>(devices.size()); ++d) {
+      const Backend& device = *devices[static_cast<size_t>(d)];
+      FATHOM_TRY(ledger.acquire(d, Purpose::kRuntime, device.runtime_bytes()));
+      log(LogLevel::kInfo, device.describe());
+    }
+    return {};
+  }
+  // Seconds since the engine was made: on the wall, or on the clock of its simulated devices.
+  double seconds() const noexcept {
+    if (simulation) return simulation->now();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - made_).count();
   }
   void log(LogLevel level, std::string_view text) const noexcept {
     if (!hooks.log) return;
@@ -44,7 +60,21 @@ class EngineState {
   const MachineDescription machine;  // of `devices`, in their order: kinds, bytes, rates, links
   Ledger ledger;
   // Where host-side tables live (tokenizer, staging, token history): the first host device.
-  const int host_device = 0;
+  const int host_device;
+
+  // Engines of simulated devices; set by their maker.
+  std::shared_ptr<SimulatedMachine> simulation;
+  std::shared_ptr<Backend> tables;  // real memory for what the library itself reads and writes
+
+ private:
+  Backend& memory_of(int device, Purpose purpose) const noexcept {
+    const bool table = purpose == Purpose::kStaging || purpose == Purpose::kTokenizer ||
+                       purpose == Purpose::kRuntime;
+    return tables && table && device == host_device ? *tables
+                                                    : *devices[static_cast<size_t>(device)];
+  }
+
+  const std::chrono::steady_clock::time_point made_ = std::chrono::steady_clock::now();
 };
 
 // Runs `body`, which returns a Status or Result, and turns an exception of the standard library

@@ -67,6 +67,7 @@ Status load_weights(ModelState& model, const io::TensorFile& file, nn::WeightMap
                     engine.allocate(engine.host_device, Purpose::kStaging, map.staging_bytes()));
   run::RunControl control(options);
   const int64_t total = map.file_bytes();
+  if (engine.simulation) return control.check(ProgressPhase::kLoad, total, total);
   int64_t done = 0;
   Status why;
   const auto on_bytes = [&](int64_t n) {
@@ -94,7 +95,7 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
         Code::kMismatch,
         fmt::format("{}: not the file or engine that was planned; plan again", plan.model_path));
 
-  if (!file.has_weights())
+  if (!file.has_weights() && !engine.simulated())
     return Status(Code::kNotFound,
                   fmt::format("{}: only the model's configuration is there, no weights to load",
                               plan.model_path));

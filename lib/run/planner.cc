@@ -195,7 +195,7 @@ Status Planner::place_layers(const Config& config, Plan& plan) const {
     PlanDevice device;
     const Backend& backend = *engine_->devices[static_cast<size_t>(d)];
     device.name = backend.name();
-    device.kind = backend.kind();
+    device.kind = engine_->machine.devices[static_cast<size_t>(d)].kind;
     device.granularity = backend.granularity();
     const auto it = config.budget.find(device.name);
     device.budget_bytes = it == config.budget.end() ? engine_->ledger.budget(d) : it->second;

@@ -4,21 +4,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 
 #include "planner.h"
 #include "session_state.h"
 
 namespace fathom {
 namespace run {
-
-namespace {
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-}
-
-}  // namespace
 
 Status SessionState::check_tokens(std::span<const int32_t> ids) const {
   const int64_t vocab = model.config().vocab_size;
@@ -169,12 +160,12 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
     for (int64_t done = 0; done < total;) {
       const int64_t n = std::min(chunk, total - done);
-      const auto chunk_start = std::chrono::steady_clock::now();
+      const double chunk_start = s.seconds();
       FATHOM_TRY(s.pass(tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n)),
                         s.form_of(n), control, options, /*want_logits=*/done + n == total));
       done += n;
       s.times.prefill_tokens += n;
-      s.times.prefill_seconds += run::seconds_since(chunk_start);
+      s.times.prefill_seconds += s.seconds() - chunk_start;
       if (done < total || options.progress)
         FATHOM_TRY(control.check(ProgressPhase::kPrefill, done, total));
     }
@@ -190,11 +181,11 @@ Status Session::step(int32_t token) {
       return Status(Code::kContextFull,
                     fmt::format("the session holds {} tokens, its most", s.n_tokens));
     static const RunOptions kNone;
-    const auto start = std::chrono::steady_clock::now();
+    const double start = s.seconds();
     FATHOM_TRY(s.pass({&token, 1}, AttentionForm::kAbsorbed, run::RunControl(kNone), kNone,
                       /*want_logits=*/true));
     ++s.times.decode_tokens;
-    s.times.decode_seconds += run::seconds_since(start);
+    s.times.decode_seconds += s.seconds() - start;
     return {};
   });
 }

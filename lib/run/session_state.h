@@ -23,6 +23,7 @@ class SessionState final : public nn::RowSourceOf {
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
+  double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock
 
   KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return cache.rows(stage, layer_slot, 0, n_rows);

@@ -1,0 +1,196 @@
+// Simulated devices: true shapes through the real plan, ledger, scheduler and cache; memory is
+// counted and not touched, time is the cost model's.
+#include <catch2/catch.hpp>
+#include <fstream>
+
+#include "lib/run/cost_model.h"
+#include "lib/run/model_state.h"
+#include "support/loaded_model.h"
+
+namespace fathom {
+namespace {
+
+std::string published_config(const std::string& name) {
+  return std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/" + name + ".json";
+}
+
+MachineDescription machine_of(std::string_view text) {
+  auto machine = MachineDescription::parse(text);
+  INFO(machine.status().message());
+  REQUIRE(machine.ok());
+  return std::move(machine).value();
+}
+
+Engine simulate(std::string_view machine, const test::Settings& settings = {}) {
+  auto engine = Engine::simulate(machine_of(machine), test::config_of(settings));
+  INFO(engine.status().message());
+  REQUIRE(engine.ok());
+  return std::move(engine).value();
+}
+
+Model load(const Engine& engine, const std::string& path) {
+  auto plan = engine.plan(path);
+  INFO(plan.status().message());
+  REQUIRE(plan.ok());
+  INFO(plan->describe());
+  REQUIRE(plan->feasible);
+  auto model = Model::load(engine, *plan);
+  INFO(model.status().message());
+  REQUIRE(model.ok());
+  return std::move(model).value();
+}
+
+int64_t resident_bytes(const char* key) {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.rfind(key, 0) == 0) return std::stoll(line.substr(line.find(':') + 1)) * 1024;
+  return -1;
+}
+
+std::vector<int32_t> some_tokens(int64_t n) {
+  std::vector<int32_t> tokens(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i) tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i % 1000);
+  return tokens;
+}
+
+void check_used_is_planned(const Model& model) {
+  const MemorySnapshot memory = model.engine().memory();
+  for (size_t d = 0; d < model.plan().devices.size(); ++d) {
+    INFO(memory.devices[d].name);
+    CHECK(memory.devices[d].bytes_peak == model.plan().devices[d].peak_bytes());
+    CHECK(memory.devices[d].bytes_peak <= memory.devices[d].budget_bytes);
+  }
+}
+
+TEST_CASE("236 B parameters load and run without their memory", "[simulation]") {
+  const int64_t before = resident_bytes("VmRSS");
+  const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "300G"}]})",
+                                 {{"weights.type", "q8_0"}, {"context.max", "2048"}});
+  CHECK(engine.simulated());
+  CHECK(engine.device(0).kind() == DeviceKind::kSimulated);
+  const Model model = load(engine, published_config("v2"));
+  CHECK(model.plan().devices[0].kind == DeviceKind::kCpu);
+  CHECK(model.weight_bytes() > int64_t{230} << 30);
+  Session session = test::new_session(model);
+  test::require_ok(session.prefill(some_tokens(1948)));
+  auto result = session.generate({.max_new_tokens = 100, .stop_at_eos = false});
+  REQUIRE(result.ok());
+  CHECK(result->tokens.size() == 100);
+  check_used_is_planned(model);
+  CHECK(resident_bytes("VmRSS") - before < int64_t{96} << 20);
+
+  // Time: that of the machine, and all of it is the device's work.
+  const SessionTimes& times = session.times();
+  CHECK(times.prefill_seconds > 0);
+  CHECK(times.decode_seconds > 0);
+  CHECK(engine.seconds() == Approx(times.prefill_seconds + times.decode_seconds));
+  CHECK(engine.busy_seconds(0) == Approx(engine.seconds()));
+
+  // A decode step takes what the cost model says of its layers.
+  const double before_step = engine.seconds();
+  test::require_ok(session.truncate(1000));
+  test::require_ok(session.step(1));
+  double expected = 0;
+  const ModelConfig& c = model.config();
+  const run::PassShape pass{.n_tokens = 1, .first_position = 1000, .page_tokens = 64};
+  const MachineDevice& device = engine.machine().devices[0];
+  const nn::Weights& weights = *model.state()->weights;
+  for (int64_t l = 0; l < c.num_hidden_layers; ++l)
+    expected += run::layer_seconds(device, c, weights.layers[static_cast<size_t>(l)],
+                                   c.is_moe_layer(l), pass)
+                    .total();
+  expected += run::embed_seconds(device, c, weights, pass) + run::head_seconds(device, c, weights);
+  CHECK(engine.seconds() - before_step == Approx(expected));
+}
+
+TEST_CASE("several simulated devices hold their layers and pass the text on", "[simulation]") {
+  const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "20G"},
+      {"name": "cuda:0", "bytes": "24G"}, {"name": "cuda:1", "bytes": "12G"}]})",
+                                 {{"weights.type", "q8_0"}, {"context.max", "4096"}});
+  const Model model = load(engine, published_config("v2-lite"));
+  Session session = test::new_session(model);
+  test::require_ok(session.prefill(some_tokens(4090)));
+  for (int i = 0; i < 6; ++i) test::require_ok(session.step(5));
+  CHECK(session.step(5).code() == Code::kContextFull);
+  check_used_is_planned(model);
+  // One text on a pipeline: devices take turns, transfers take the rest.
+  double busy = 0;
+  for (int d = 0; d < 3; ++d) {
+    CHECK(engine.busy_seconds(d) > 0);
+    busy += engine.busy_seconds(d);
+  }
+  CHECK(engine.seconds() > busy);
+  CHECK(engine.seconds() < busy * 1.5);
+}
+
+TEST_CASE("simulated devices obey budgets and give everything back", "[simulation]") {
+  const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "64G"}]})",
+                                 {{"weights.type", "q8_0"}, {"context.max", "8192"}});
+  const int64_t idle = engine.memory().devices[0].bytes_now;
+  {
+    const Model model = load(engine, published_config("v2-lite"));
+    Session session = test::new_session(model);
+    test::require_ok(session.prefill(some_tokens(1000)));
+    Engine same = engine;
+    test::require_ok(same.set_budget(0, engine.memory().devices[0].bytes_now));
+    CHECK(session.prefill(some_tokens(1000)).code() == Code::kBudget);
+    CHECK(session.n_tokens() == 1000);
+    CHECK(engine.device(0).memory().free_bytes < int64_t{64} << 30);
+  }
+  CHECK(engine.memory().devices[0].bytes_now == idle);
+
+  // More than the device has, whatever the budget says.
+  const Engine small = simulate(R"({"devices": [{"name": "cpu", "bytes": "4G"}]})",
+                                {{"weights.type", "q8_0"}, {"budget.cpu", "64G"}});
+  auto plan = small.plan(published_config("v2-lite"));
+  REQUIRE(plan.ok());
+  const auto model = Model::load(small, *plan);
+  REQUIRE_FALSE(model.ok());
+  CHECK(model.status().code() == Code::kMemory);
+}
+
+TEST_CASE("a machine without the devices that are asked for is refused", "[simulation]") {
+  const MachineDescription cards =
+      machine_of(R"({"devices": [{"name": "cuda:0", "bytes": "9G"}]})");
+  const auto no_host = Engine::simulate(cards);
+  REQUIRE_FALSE(no_host.ok());
+  CHECK(no_host.status().code() == Code::kConfig);
+  const MachineDescription both = machine_of(
+      R"({"devices": [{"name": "cuda:0", "bytes": "9G"}, {"name": "cpu", "bytes": "9G"}]})");
+  const auto unknown = Engine::simulate(both, test::config_of({{"devices", "cpu,cuda:1"}}));
+  REQUIRE_FALSE(unknown.ok());
+  CHECK(unknown.status().message().find("cuda:1") != std::string_view::npos);
+  auto some = Engine::simulate(both, test::config_of({{"devices", "cpu,cuda:0"}}));
+  REQUIRE(some.ok());
+  CHECK(some->machine().devices[0].name == "cpu");
+  CHECK(some->machine().link(0, 1).bytes_per_s == both.link(0, 1).bytes_per_s);
+}
+
+TEST_CASE("the true V3 shape: the prefill peak is the same at 4 K, 64 K and 160 K, to the byte",
+          "[simulation]") {
+  int64_t scratch[3] = {};
+  const char* contexts[] = {"4096", "65536", "163840"};
+  for (int i = 0; i < 3; ++i) {
+    const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "1500G"}]})",
+                                   {{"weights.type", "q4_k"},
+                                    {"threads", "16"},
+                                    {"context.max", contexts[i]},
+                                    {"prefill.chunk", "512"}});
+    const Model model = load(engine, published_config("v3"));
+    Session session = test::new_session(model);
+    test::require_ok(session.prefill(some_tokens(model.plan().max_context)));
+    check_used_is_planned(model);
+    const MemorySnapshot memory = engine.memory();
+    scratch[i] = memory.item(0, Purpose::kActivations).bytes_peak +
+                 memory.item(0, Purpose::kWorkspace).bytes_peak;
+    CHECK(memory.item(0, Purpose::kKv).bytes_peak ==
+          model.plan().max_context * model.plan().kv_bytes_per_token);
+  }
+  CHECK(scratch[0] == scratch[1]);
+  CHECK(scratch[0] == scratch[2]);
+  INFO("activations and workspace " << scratch[0]);
+  CHECK(scratch[0] <= int64_t{160} << 20);
+}
+
+}  // namespace
+}  // namespace fathom
