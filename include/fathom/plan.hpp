@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "fathom/config.hpp"
+#include "fathom/machine.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/model_config.hpp"
 
@@ -38,6 +39,9 @@ struct PlanDevice {
   int64_t kv_page_bytes = 0;              // committed per page of one session
   int64_t kv_hot_page_bytes = 0;          // the same for pages that the policy keeps in 16 bits
   int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
+  // Predicted seconds of work in a full prefill chunk and in a decode step at the end of the
+  // context.
+  double prefill_seconds = 0, decode_seconds = 0;
   // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
   std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
 
@@ -56,6 +60,14 @@ struct PlanDevice {
     for (const auto& phase : bytes) most = std::max(most, phase[static_cast<size_t>(purpose)]);
     return most;
   }
+};
+
+// Predicted tokens per second of one session: roofline over the rates of Engine::machine(), hence
+// no better than those are (`source`: of the least certain device).
+struct PlanSpeed {
+  double prefill_first = 0, prefill_last = 0;  // of the first and the last chunk of max_context
+  double decode_first = 0, decode_last = 0;    // behind no token, and at the end of the context
+  RateSource source = RateSource::kDocumented;
 };
 
 // A change of configuration that makes an infeasible plan feasible, verified by planning it.
@@ -89,6 +101,7 @@ struct Plan {
   std::vector<PlanAlternative> alternatives;
 
   std::vector<PlanDevice> devices;
+  PlanSpeed speed;
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
   // Cache bytes of one session with `n_tokens` tokens on a device: whole pages.

@@ -6,6 +6,7 @@
 
 #include "../io/tensor_listing.h"
 #include "../nn/forward.h"
+#include "predict.h"
 
 namespace fathom::run {
 namespace {
@@ -179,6 +180,7 @@ Result<Plan> Planner::plan_once(const Config& config) const {
           committed_bytes(map.staging_bytes(), device.granularity);
   }
   choose_chunk_and_context(plan, map);
+  predict(plan, engine_->machine, map.weights());
   return plan;
 }
 

@@ -101,7 +101,9 @@ SimulatedBackend::SimulatedBackend(std::shared_ptr<SimulatedMachine> machine, in
       machine_(std::move(machine)),
       index_(index),
       rules_(std::move(rules)),
-      granularity_(device_.kind == DeviceKind::kCpu ? rules_->granularity() : kCudaGranularity) {}
+      granularity_(device_.kind != DeviceKind::kCpu ? kCudaGranularity
+                   : rules_                         ? rules_->granularity()
+                                                    : 1) {}
 
 // Not counted by the kernel's overcommit rules and backed by its one page of zeros until somebody
 // writes, which only the library's own bookkeeping does.

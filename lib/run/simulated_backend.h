@@ -65,7 +65,7 @@ class SimulatedMachine {
 };
 
 // Sizes - layouts and workspaces - are those of a real backend, `rules`: the CPU's, whose kernels
-// this library always has.
+// this library always has.  Without rules it may be asked for time alone.
 class SimulatedBackend final : public CostBackend {
  public:
   SimulatedBackend(std::shared_ptr<SimulatedMachine> machine, int index,

@@ -1,0 +1,109 @@
+#include "predict.h"
+
+#include <algorithm>
+
+#include "../nn/forward.h"
+#include "simulated_backend.h"
+
+namespace fathom::run {
+namespace {
+
+// Rows of one type, all resident, at no address.
+class PredictedRows final : public nn::RowSourceOf {
+ public:
+  PredictedRows(const Plan& plan, int64_t n_rows)
+      : layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim} {
+    const KvPolicy& policy = plan.kv_policy;
+    const int64_t first = policy.first_cold_page(), end = policy.cold_end(n_rows);
+    for (int64_t page = 0; page < policy.pages_for(n_rows); ++page)
+      pages_.push_back({nullptr, page >= first && page < end ? policy.type : policy.hot_type});
+  }
+  KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
+    return {pages_.data(), layout_, layer_slot, 0, n_rows};
+  }
+
+ private:
+  KvLayout layout_;
+  std::vector<KvPage> pages_;
+};
+
+struct Pass {
+  int64_t n_tokens, first_position;
+  AttentionForm form;
+};
+
+struct PassSeconds {
+  double total = 0;          // from the first operation to the logits
+  std::vector<double> busy;  // by device
+};
+
+PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const nn::Rope& rope,
+                     const nn::Weights& weights, const Pass& pass) {
+  auto clocks = std::make_shared<SimulatedMachine>(machine);
+  std::vector<std::unique_ptr<SimulatedBackend>> devices;
+  std::vector<nn::Stage> stages;
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
+    const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
+    devices.push_back(std::make_unique<SimulatedBackend>(clocks, d, nullptr));
+    // Addresses are never followed; each device has some of its own, so that copies know their
+    // ends.
+    constexpr int64_t kAddresses = int64_t{1} << 44;
+    auto* base = reinterpret_cast<void*>(static_cast<uintptr_t>((d + 1) * kAddresses));
+    clocks->add_range(base, kAddresses, d);
+    Arena arena(base, kAddresses);
+    stages.push_back({.device = devices.back().get(),
+                      .op = {},
+                      .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens),
+                      .first_layer = device.first_layer,
+                      .n_layers = device.n_layers});
+  }
+  const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
+  const PredictedRows rows(plan, pass.first_position + pass.n_tokens);
+  const nn::ForwardParams params{.config = plan.model,
+                                 .rope = rope,
+                                 .weights = weights,
+                                 .stages = stages,
+                                 .cache = rows,
+                                 .tokens = tokens,
+                                 .first_position = pass.first_position,
+                                 .form = pass.form};
+  PassSeconds out;
+  if (!nn::forward(params).ok() || !nn::forward_logits(params, pass.n_tokens - 1, 1).ok())
+    return out;
+  out.total = clocks->now();
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
+    out.busy.push_back(clocks->busy_seconds(d));
+  return out;
+}
+
+double rate(int64_t tokens, double seconds) {
+  return seconds > 0 ? static_cast<double>(tokens) / seconds : 0;
+}
+
+}  // namespace
+
+void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights) {
+  const nn::Rope rope = nn::make_rope(plan.model);
+  const int64_t full = std::max<int64_t>(plan.max_context, 1);
+  const int64_t chunk = std::min(plan.prefill_chunk, full);
+  const auto prefill = [&](int64_t at) {
+    return run_pass(plan, machine, rope, weights, {chunk, at, plan.attention_form});
+  };
+  const auto decode = [&](int64_t at) {
+    return run_pass(plan, machine, rope, weights, {1, at, AttentionForm::kAbsorbed});
+  };
+  plan.speed.prefill_first = rate(chunk, prefill(0).total);
+  plan.speed.decode_first = rate(1, decode(0).total);
+  const PassSeconds last_chunk = prefill(full - chunk), last_step = decode(full - 1);
+  plan.speed.prefill_last = rate(chunk, last_chunk.total);
+  plan.speed.decode_last = rate(1, last_step.total);
+  plan.speed.source = RateSource::kMeasured;
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    if (d < last_chunk.busy.size()) device.prefill_seconds = last_chunk.busy[d];
+    if (d < last_step.busy.size()) device.decode_seconds = last_step.busy[d];
+    plan.speed.source = std::min(plan.speed.source, machine.devices[d].source);
+  }
+}
+
+}  // namespace fathom::run

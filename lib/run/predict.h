@@ -1,0 +1,16 @@
+// How fast a plan runs on its devices, and how the work is spread: the forward pass itself, run
+// over simulated devices whose memory is made up.  What a simulated session measures is what is
+// predicted here; there is no second formula.
+#pragma once
+
+#include "../nn/weights.h"
+#include "fathom/machine.hpp"
+#include "fathom/plan.hpp"
+
+namespace fathom::run {
+
+// Fills in plan.speed and the devices' busy seconds.  `weights` are those of the plan's map; their
+// data is not followed.
+void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights);
+
+}  // namespace fathom::run
