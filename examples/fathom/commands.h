@@ -7,6 +7,7 @@ namespace cli {
 
 void add_run(CLI::App& app, Action& action);         // run.cc, chat.cc
 void add_plan(CLI::App& app, Action& action);        // plan.cc
+void add_simulate(CLI::App& app, Action& action);    // simulate.cc
 void add_inspect(CLI::App& app, Action& action);     // inspect.cc
 void add_eval(CLI::App& app, Action& action);        // eval.cc
 void add_tokenize(CLI::App& app, Action& action);    // tokenize.cc

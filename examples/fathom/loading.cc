@@ -21,9 +21,7 @@ void tell_gpu_layers(const fathom::Plan& plan, const ConfigFlags& flags) {
                    plan.model.num_hidden_layers, places));
 }
 
-}  // namespace
-
-fathom::Engine make_engine(const fathom::Config& config) {
+fathom::HostHooks log_hooks() {
   fathom::HostHooks hooks;
   hooks.log = [](fathom::LogLevel level, std::string_view text) {
     if (level == fathom::LogLevel::kError || level == fathom::LogLevel::kWarn)
@@ -31,7 +29,19 @@ fathom::Engine make_engine(const fathom::Config& config) {
     else
       detail(text);
   };
-  fathom::Result<fathom::Engine> engine = fathom::Engine::create(config, hooks);
+  return hooks;
+}
+
+}  // namespace
+
+fathom::Engine make_engine(const fathom::Config& config, const std::string& machine_file) {
+  if (machine_file.empty()) return make_engine(config);
+  const fathom::MachineDescription machine = must(fathom::MachineDescription::read(machine_file));
+  return must(fathom::Engine::simulate(machine, config, log_hooks()));
+}
+
+fathom::Engine make_engine(const fathom::Config& config) {
+  fathom::Result<fathom::Engine> engine = fathom::Engine::create(config, log_hooks());
   if (!engine.ok() && engine.status().code() == fathom::Code::kUnsupported)
     fail(kExitDevice, engine.status().message());
   return must(std::move(engine));

@@ -25,6 +25,9 @@ struct Loaded {
 // An engine whose log goes to stderr.  A machine that lacks what was asked for is kExitDevice.
 fathom::Engine make_engine(const fathom::Config&);
 
+// The same, of simulated devices when a machine file is named.
+fathom::Engine make_engine(const fathom::Config&, const std::string& machine_file);
+
 // Plans; `flags` tells when the context is to be the model's own (-c 0).
 fathom::Plan make_plan(const fathom::Engine&, const std::string& model_path, const fathom::Config&,
                        const ConfigFlags& flags);

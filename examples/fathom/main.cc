@@ -34,6 +34,7 @@ int run(int argc, char** argv) {
   cli::Action action;
   cli::add_run(app, action);
   cli::add_plan(app, action);
+  cli::add_simulate(app, action);
   cli::add_inspect(app, action);
   cli::add_eval(app, action);
   cli::add_tokenize(app, action);

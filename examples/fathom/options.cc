@@ -100,8 +100,15 @@ fathom::Config make_config(const ConfigFlags& flags) {
 
 void add_model_flag(CLI::App& app, std::string& model) {
   app.add_option("-m,--model", model,
-                 "a .gguf file (of a split one the first), or a Hugging Face folder")
+                 "a .gguf file (of a split one the first), or a Hugging Face folder; to plan and "
+                 "simulate, a config.json too")
       ->required();
+}
+
+void add_machine_flag(CLI::App& app, std::string& machine) {
+  app.add_option("--machine", machine,
+                 "a JSON file that describes another machine: {\"devices\": [{\"name\": \"cpu\", "
+                 "\"bytes\": \"256G\"}, {\"name\": \"cuda:0\", \"bytes\": \"24G\"}]}");
 }
 
 void add_prompt_flags(CLI::App& app, PromptFlags& flags) {

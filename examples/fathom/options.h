@@ -46,6 +46,7 @@ void add_config_flags(CLI::App&, ConfigFlags&, bool with_context = true);
 fathom::Config make_config(const ConfigFlags&);
 
 void add_model_flag(CLI::App&, std::string& model);
+void add_machine_flag(CLI::App&, std::string& machine);
 
 struct PromptFlags {
   std::string prompt, file, tokens;

@@ -1,4 +1,4 @@
-// fathom plan: what a model will need, from its header alone.
+// fathom plan: what a model will need, from its header alone, here or on a described machine.
 #include <memory>
 
 #include "commands.h"
@@ -10,7 +10,7 @@ namespace cli {
 namespace {
 
 struct PlanArgs {
-  std::string model;
+  std::string model, machine;
   ConfigFlags config;
   OutputFlags output;
 };
@@ -18,7 +18,7 @@ struct PlanArgs {
 int run(const PlanArgs& args) {
   apply(args.output);
   const fathom::Config config = make_config(args.config);
-  const fathom::Engine engine = make_engine(config);
+  const fathom::Engine engine = make_engine(config, args.machine);
   const fathom::Plan plan = make_plan(engine, args.model, config, args.config);
   if (args.output.json)
     put_json(Json::parse(plan.to_json()));
@@ -35,6 +35,7 @@ void add_plan(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "plan", "Say what a model needs, before a weight is read; exit 3 when it does not fit");
   add_model_flag(*command, args->model);
+  add_machine_flag(*command, args->machine);
   add_config_flags(*command, args->config);
   add_output_flags(*command, args->output);
   command->callback([args, &action] { action = [args] { return run(*args); }; });

@@ -50,6 +50,35 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
   }
 }
 
+// How fast, and who works how much.
+std::string balance_text(const Plan& plan) {
+  const PlanSpeed& speed = plan.speed;
+  std::string out = fmt::format(
+      "predicted ({} rates): prefill {:.4g} tokens/s, {:.4g} at {} tokens; decode {:.4g} tokens/s, "
+      "{:.4g} at {} tokens\n",
+      rate_source_name(speed.source), speed.prefill_first, speed.prefill_last,
+      grouped(plan.max_context), speed.decode_first, speed.decode_last, grouped(plan.max_context));
+  if (plan.devices.size() < 2) return out;
+  double most_bytes = 0, mean_bytes = 0, most_seconds = 0, mean_seconds = 0;
+  const auto n = static_cast<double>(plan.devices.size());
+  for (const PlanDevice& device : plan.devices) {
+    const double used = static_cast<double>(device.peak_bytes()) /
+                        static_cast<double>(std::max<int64_t>(device.budget_bytes, 1));
+    out += fmt::format(
+        "{:<8} works {:.4g} ms of a decode step, {:.4g} ms of a chunk; {:.0f} % of its "
+        "budget\n",
+        device.name, device.decode_seconds * 1e3, device.prefill_seconds * 1e3, used * 100);
+    most_bytes = std::max(most_bytes, used);
+    mean_bytes += used / n;
+    most_seconds = std::max(most_seconds, device.decode_seconds);
+    mean_seconds += device.decode_seconds / n;
+  }
+  out += fmt::format("balance: memory max/mean {:.2f}, decode time max/mean {:.2f}\n",
+                     most_bytes / std::max(mean_bytes, 1e-300),
+                     most_seconds / std::max(mean_seconds, 1e-300));
+  return out;
+}
+
 }  // namespace
 
 std::string Plan::to_json() const {
@@ -75,14 +104,22 @@ std::string Plan::to_json() const {
       phases += fmt::format("{}\"{}\": {}", p ? ", " : "", phase_name(static_cast<Phase>(p)),
                             purposes_json(device, p));
     list += fmt::format(
-        "{}    {{\"name\": {}, \"budget_bytes\": {}, \"peak_bytes\": {}, \"first_layer\": {}, "
-        "\"n_layers\": {}, \"kv_page_bytes\": {},\n     \"purposes\": {},\n     \"phases\": "
-        "{{{}}}}}",
-        list.empty() ? "" : ",\n", run::json_quote(device.name), device.budget_bytes,
-        device.peak_bytes(), device.first_layer, device.n_layers, device.kv_page_bytes,
-        purposes_json(device, -1), phases);
+        "{}    {{\"name\": {}, \"kind\": \"{}\", \"budget_bytes\": {}, \"peak_bytes\": {}, "
+        "\"first_layer\": {}, \"n_layers\": {}, \"kv_page_bytes\": {},\n     "
+        "\"prefill_seconds\": {:.6g}, \"decode_seconds\": {:.6g},\n     \"purposes\": {},\n     "
+        "\"phases\": {{{}}}}}",
+        list.empty() ? "" : ",\n", run::json_quote(device.name),
+        device.kind == DeviceKind::kCpu ? "cpu" : "cuda", device.budget_bytes, device.peak_bytes(),
+        device.first_layer, device.n_layers, device.kv_page_bytes, device.prefill_seconds,
+        device.decode_seconds, purposes_json(device, -1), phases);
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
+  add("predicted",
+      fmt::format("{{\"rates\": \"{}\", \"prefill_first_tokens_per_s\": {:.6g}, "
+                  "\"prefill_last_tokens_per_s\": {:.6g}, \"decode_first_tokens_per_s\": {:.6g}, "
+                  "\"decode_last_tokens_per_s\": {:.6g}}}",
+                  rate_source_name(speed.source), speed.prefill_first, speed.prefill_last,
+                  speed.decode_first, speed.decode_last));
   if (!feasible && binding_device >= 0) {
     add("binding", fmt::format("{{\"device\": {}, \"purpose\": \"{}\", \"bytes_short\": {}}}",
                                run::json_quote(devices[static_cast<size_t>(binding_device)].name),
@@ -107,8 +144,15 @@ std::string Plan::to_json() const {
 }
 
 std::string Plan::describe() const {
-  std::string out = fmt::format("{:<8} {:<12} {:>18} {:>9}  {:>12}  {}\n", "device", "purpose",
-                                "bytes", "GiB", "per token", "note");
+  const auto phases_text = [](const auto& bytes_in) {
+    std::string text;
+    for (int p = 0; p < kPhaseCount; ++p)
+      text += fmt::format(" {:>9.3f}", gib(bytes_in(static_cast<Phase>(p))));
+    return text;
+  };
+  std::string out =
+      fmt::format("{:<8} {:<12} {:>18} {:>9} {:>9} {:>9}  {:>12}  {}\n", "device", "purpose",
+                  "bytes", "load GiB", "prefill", "decode", "per token", "note");
   for (const PlanDevice& device : devices) {
     for (int p = 0; p < kPurposeCount; ++p) {
       const auto purpose = static_cast<Purpose>(p);
@@ -119,14 +163,19 @@ std::string Plan::describe() const {
               ? fmt::format("{} B",
                             grouped(kv_bytes_per_token * device.n_layers / model.num_hidden_layers))
               : "-";
-      out += fmt::format("{:<8} {:<12} {:>18} {:>9.3f}  {:>12}  {}\n", device.name,
-                         purpose_name(purpose), grouped(bytes), gib(bytes), per_token,
+      const auto in_phase = [&](Phase phase) {
+        return device.bytes[static_cast<size_t>(phase)][static_cast<size_t>(p)];
+      };
+      out += fmt::format("{:<8} {:<12} {:>18}{}  {:>12}  {}\n", device.name, purpose_name(purpose),
+                         grouped(bytes), phases_text(in_phase), per_token,
                          note(*this, device, purpose));
     }
-    out += fmt::format("{:<8} {:<12} {:>18} {:>9.3f}  {:>12}  budget {:.3f} GiB\n", device.name,
-                       "peak", grouped(device.peak_bytes()), gib(device.peak_bytes()), "",
+    out += fmt::format("{:<8} {:<12} {:>18}{}  {:>12}  budget {:.3f} GiB\n", device.name, "peak",
+                       grouped(device.peak_bytes()),
+                       phases_text([&](Phase phase) { return device.total(phase); }), "",
                        gib(device.budget_bytes));
   }
+  out += balance_text(*this);
   if (feasible) {
     out += fmt::format("FITS: {} tokens per session", grouped(max_context));
     if (max_context_feasible > max_context)
