@@ -1,0 +1,218 @@
+// Absorbed attention on tensor cores (sm_80 and newer).  Queries, cached rows and weights of the
+// softmax are rounded to bf16, sums are f32.
+//
+//   block      kTiles tiles of 16 columns, four warps each, over one split in steps of 64 rows
+//   step       rows decoded once into shared memory, keys and values for all columns
+//   scores     each warp 16 of the 64 rows          d[column][row]   = sum_k  q[column][k] row[k]
+//   values     each warp a quarter of the rank      d[column][value] = sum_r  p[column][r] row[r]
+#include "cuda/kv_rows.cuh"
+
+namespace fathom::cuda {
+namespace {
+
+constexpr int kRows = 64;      // of a step
+constexpr int kColumns = 16;   // of a tile
+constexpr int kMaxRank = 512;  // what the accumulators of a warp hold: 16 tiles of 8 values
+constexpr int kValueTiles = kMaxRank / 4 / 8;
+constexpr int kScoreStride = kRows + 4, kWeightStride = kRows + 8;
+
+// Where things are in shared memory.  Rows of queries and keys shift by four banks.
+struct Layout {
+  int stride;  // of queries and keys, in values
+  size_t keys, scores, weights, decay, pages, bytes;
+  __host__ __device__ Layout(int key_dim, int n_tiles) {
+    stride = key_dim + 8;
+    keys = size_t(n_tiles) * kColumns * size_t(stride) * 2;
+    scores = keys + size_t(kRows) * size_t(stride) * 2;
+    weights = scores + size_t(n_tiles) * kColumns * kScoreStride * 4;
+    decay = weights + size_t(n_tiles) * kColumns * kWeightStride * 2;
+    pages = decay + size_t(n_tiles) * kColumns * 4;
+    bytes = pages + kRows / kKvTileRows * sizeof(KvRow);
+  }
+};
+
+__device__ uint32_t pair_at(const uint16_t* at) {
+  return *reinterpret_cast<const uint32_t*>(at);
+}
+__device__ void store8(uint16_t* to, const float (&v)[8]) {
+  uint4 packed;
+  packed.x = bf16_pair(v[0], v[1]);
+  packed.y = bf16_pair(v[2], v[3]);
+  packed.z = bf16_pair(v[4], v[5]);
+  packed.w = bf16_pair(v[6], v[7]);
+  *reinterpret_cast<uint4*>(to) = packed;
+}
+
+template <int kTiles>
+__global__ void __launch_bounds__(kTiles * 128) partial_mma_kernel(PartialParams p) {
+  const int rank = p.rows.rank, rope = p.rows.rope, key_dim = rank + rope;
+  const Layout at(key_dim, kTiles);
+  unsigned char* shared = shared_memory();
+  auto* queries = reinterpret_cast<uint16_t*>(shared);
+  auto* keys = reinterpret_cast<uint16_t*>(shared + at.keys);
+  auto* scores = reinterpret_cast<float*>(shared + at.scores);
+  auto* weights = reinterpret_cast<uint16_t*>(shared + at.weights);
+  auto* decay = reinterpret_cast<float*>(shared + at.decay);
+  auto* pages = reinterpret_cast<KvRow*>(shared + at.pages);
+
+  const int thread = int(threadIdx.x), n_threads = kTiles * 128;
+  const int lane = thread % 32, warp = thread / 32 % 4, tile = thread / 128;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t first_column = int64_t(blockIdx.y) * (kTiles * kColumns);
+  const int64_t first_row = p.rows.first_row + int64_t(blockIdx.x) * kPartialRows;
+  const int64_t end_row =
+      first_row + kPartialRows < p.rows.end_row ? first_row + kPartialRows : p.rows.end_row;
+
+  const int groups = key_dim / 8;
+  for (int i = thread; i < kTiles * kColumns * groups; i += n_threads) {
+    const int64_t column = first_column + i / groups;
+    const int c = i % groups * 8;
+    float v[8] = {};
+    if (column < p.n_columns) {
+      const int64_t token = column / p.n_heads, head = column % p.n_heads;
+      const float* q =
+          c < rank
+              ? p.q_latent + token * p.q_latent_token_stride + head * p.q_latent_head_stride + c
+              : p.q_rope + token * p.q_rope_token_stride + head * p.q_rope_head_stride + (c - rank);
+      for (int k = 0; k < 8; ++k) v[k] = q[k] * p.scale;
+    }
+    store8(queries + (i / groups) * at.stride + c, v);
+  }
+
+  // The state of the softmax: eight threads share a column, and each has it.
+  const int my_column = thread % 128 / 8, my_part = thread % 8;
+  const int64_t my_global = first_column + tile * kColumns + my_column;
+  const int64_t my_position = p.first_position + my_global / p.n_heads;
+  float most = minus_infinity(), sum = 0;
+  float out[kValueTiles][4] = {};
+  const int warp_values = rank / 4;  // a multiple of 8
+
+  for (int64_t row0 = first_row; row0 < end_row; row0 += kRows) {
+    // A page holds whole groups of kKvTileRows rows.
+    if (thread < kRows / int(kKvTileRows) && row0 + thread * kKvTileRows < end_row)
+      pages[thread] = kv_row(p.rows, row0 + thread * kKvTileRows);
+    __syncthreads();  // also: the last step's keys have been used
+    for (int i = thread; i < kRows * groups; i += n_threads) {
+      const int r = i / groups, group = i % groups;
+      float v[8] = {};
+      if (row0 + r < end_row) {
+        const KvRow& page = pages[r / int(kKvTileRows)];
+        const int in_page = r % int(kKvTileRows);
+        const KvLayout layout{p.rows.page_tokens, rank, rope};
+        if (group * 8 < rank)
+          latent_values8(page.type, page.latent + in_page * layout.latent_row_bytes(page.type),
+                         rank, group, v);
+        else
+          plain_values8(page.type, page.rope + in_page * layout.rope_row_bytes(page.type),
+                        group - rank / 8, v);
+      }
+      store8(keys + r * at.stride + group * 8, v);
+    }
+    __syncthreads();
+
+    float score[2][4] = {};
+    for (int k = 0; k < key_dim; k += 16) {
+      const uint16_t* q = queries + (tile * kColumns + g) * at.stride + k + 2 * t;
+      const uint32_t a[4] = {pair_at(q), pair_at(q + 8 * at.stride), pair_at(q + 8),
+                             pair_at(q + 8 * at.stride + 8)};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        const uint16_t* key = keys + (warp * 16 + n * 8 + g) * at.stride + k + 2 * t;
+        const uint32_t b[2] = {pair_at(key), pair_at(key + 8)};
+        mma_bf16(score[n], a, b);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+      for (int i = 0; i < 4; ++i)
+        scores[(tile * kColumns + g + i / 2 * 8) * kScoreStride + warp * 16 + n * 8 + 2 * t +
+               i % 2] = score[n][i];
+    __syncthreads();
+
+    const float* mine = scores + (tile * kColumns + my_column) * kScoreStride;
+    const int64_t seen = (my_position + 1 < end_row ? my_position + 1 : end_row) - row0;
+    float top = most;
+    for (int r = my_part; r < kRows; r += 8)
+      if (r < seen) top = fmaxf(top, mine[r]);
+    for (int bit = 4; bit > 0; bit >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, bit));
+    const float keep = most == minus_infinity() ? 0.0f : expf(most - top);
+    float added = 0;
+    for (int r = my_part; r < kRows; r += 8) {
+      // The sum is over the rounded weights, which are those that the values get.
+      const uint16_t weight = bf16_bits(r < seen ? expf(mine[r] - top) : 0.0f);
+      weights[(tile * kColumns + my_column) * kWeightStride + r] = weight;
+      added += bf16_value(weight);
+    }
+    for (int bit = 4; bit > 0; bit >>= 1) added += __shfl_xor_sync(0xffffffffu, added, bit);
+    sum = sum * keep + added;
+    most = top;
+    if (my_part == 0) decay[tile * kColumns + my_column] = keep;
+    __syncthreads();
+
+    const float low = decay[tile * kColumns + g], high = decay[tile * kColumns + g + 8];
+#pragma unroll
+    for (int n = 0; n < kValueTiles; ++n) {
+      out[n][0] *= low;
+      out[n][1] *= low;
+      out[n][2] *= high;
+      out[n][3] *= high;
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; k += 16) {
+      const uint16_t* w = weights + (tile * kColumns + g) * kWeightStride + k + 2 * t;
+      const uint32_t a[4] = {pair_at(w), pair_at(w + 8 * kWeightStride), pair_at(w + 8),
+                             pair_at(w + 8 * kWeightStride + 8)};
+#pragma unroll
+      for (int n = 0; n < kValueTiles; ++n) {
+        if (n * 8 >= warp_values) continue;
+        uint32_t b[2];
+        load_transposed(b, keys + (k + lane % 16) * at.stride + warp * warp_values + n * 8);
+        mma_bf16(out[n], a, b);
+      }
+    }
+  }
+
+  const int64_t part = int64_t(blockIdx.x) * p.n_columns;
+  if (my_part == 0 && warp < 4 && my_global < p.n_columns) {
+    p.max[part + my_global] = most;
+    p.sum[part + my_global] = sum;
+  }
+#pragma unroll
+  for (int n = 0; n < kValueTiles; ++n)
+    for (int i = 0; i < 4; ++i) {
+      const int64_t column = first_column + tile * kColumns + g + i / 2 * 8;
+      const int value = warp * warp_values + n * 8 + 2 * t + i % 2;
+      if (n * 8 < warp_values && column < p.n_columns)
+        p.out[(part + column) * rank + value] = out[n][i];
+    }
+}
+
+template <int kTiles>
+int launch_tiles(Stream stream, const PartialParams& p) {
+  const int64_t n = p.rows.end_row - p.rows.first_row;
+  const dim3 grid{
+      static_cast<unsigned>((n + kPartialRows - 1) / kPartialRows),
+      static_cast<unsigned>((p.n_columns + kTiles * kColumns - 1) / (kTiles * kColumns)), 1};
+  return launch(partial_mma_kernel<kTiles>, grid, kTiles * 128,
+                Layout(p.rows.rank + p.rows.rope, kTiles).bytes, stream, p);
+}
+
+}  // namespace
+
+bool attend_partial_mma_fits(int64_t rank, int64_t rope) noexcept {
+  return rank % 32 == 0 && rank <= kMaxRank && rope % 16 == 0 && rope <= 64;
+}
+
+int attend_partial_mma(Stream stream, const PartialParams& p) {
+  if (p.rows.end_row <= p.rows.first_row || p.n_columns == 0) return 0;
+  const auto fits = [&](int n_tiles) {
+    return p.n_columns > (n_tiles - 1) * kColumns &&
+           static_cast<int64_t>(Layout(p.rows.rank + p.rows.rope, n_tiles).bytes) <=
+               p.max_shared_bytes;
+  };
+  if (fits(4)) return launch_tiles<4>(stream, p);
+  if (fits(2)) return launch_tiles<2>(stream, p);
+  return launch_tiles<1>(stream, p);
+}
+
+}  // namespace fathom::cuda

@@ -1,0 +1,233 @@
+// Both forms of attention: the cut into launches and their workspace.
+#include <algorithm>
+
+#include "cuda/cuda_backend.h"
+#include "cuda/kv_view.h"
+#include "cuda/weights.h"
+
+namespace fathom::cuda {
+namespace {
+
+// One past the last row that any query of the call sees.
+template <class Params>
+int64_t visible_end(const Params& p) noexcept {
+  return std::min(p.rows.first_row + p.rows.n_rows, p.first_position + p.n_tokens);
+}
+
+// ---- absorbed ----
+//
+// Splits are attended in waves whose partial results fit the workspace, and merged after each wave.
+
+// Columns x splits of a wave: enough blocks for the largest GPUs, and partial results that stay in
+// their second-level cache.
+constexpr int64_t kWaveColumns = 8192;
+
+struct AbsorbedScratch {
+  int64_t wave_splits;
+  float *max, *sum, *out;
+};
+AbsorbedScratch carve(Workspace& space, const AttendAbsorbedParams& p) noexcept {
+  const int64_t n_columns = p.n_tokens * p.n_heads;
+  const int64_t room = std::max(kWaveColumns, n_columns);
+  AbsorbedScratch s{};
+  s.wave_splits = n_columns > 0 ? room / n_columns : 1;
+  s.max = space.take<float>(room);
+  s.sum = space.take<float>(room);
+  s.out = space.take<float>(room * p.rows.layout.kv_lora_rank);
+  return s;
+}
+
+// ---- expanded ----
+//
+// For each group of heads: its k_b and v_b as dense panels, then tiles of rows: decode, expand to
+// keys and values by a library's batched product, attend, carrying the state.
+
+constexpr int64_t kExpandRows = 2048;  // of a tile
+constexpr int64_t kExpandHeads = 16;   // of a group
+
+struct ExpandedScratch {
+  bool bf16;
+  int64_t n_heads;           // of a group
+  std::byte *k_b, *v_b;      // [n_heads, nope or v_head_dim, kv_lora_rank]
+  std::byte *latent, *rope;  // [kExpandRows, kv_lora_rank], [kExpandRows, rope]
+  std::byte *keys, *values;  // [n_heads, kExpandRows, nope or v_head_dim]
+  std::byte* gemm;
+};
+ExpandedScratch carve(Workspace& space, const AttendExpandedParams& p, bool exact) noexcept {
+  const int64_t rank = p.rows.layout.kv_lora_rank, rope = p.rows.layout.qk_rope_head_dim;
+  ExpandedScratch s{};
+  s.bf16 = !exact && rank % 8 == 0 && attend_tile_mma_fits(p.qk_nope_head_dim, rope, p.v_head_dim);
+  s.n_heads = std::min(kExpandHeads, p.n_heads);
+  const int64_t size = s.bf16 ? 2 : 4;
+  s.k_b = space.take_bytes(s.n_heads * p.qk_nope_head_dim * rank * size);
+  s.v_b = space.take_bytes(s.n_heads * p.v_head_dim * rank * size);
+  s.latent = space.take_bytes(kExpandRows * rank * size);
+  s.rope = space.take_bytes(kExpandRows * rope * size);
+  s.keys = space.take_bytes(s.n_heads * kExpandRows * p.qk_nope_head_dim * size);
+  s.values = space.take_bytes(s.n_heads * kExpandRows * p.v_head_dim * size);
+  s.gemm = space.take_bytes(kGemmWorkspaceBytes);
+  return s;
+}
+
+// Rows of `latent` times the heads' matrices -> out [n_heads, n_rows, n_cols].
+int expand(Device& device, const ExpandedScratch& s, int64_t rank, int64_t n_rows, int64_t n_heads,
+           const std::byte* panel, bool turned, int64_t n_cols, std::byte* out) noexcept {
+  return device.gemm({.x = s.latent,
+                      .x_stride = rank,
+                      .x_batch_stride = 0,
+                      .w = panel,
+                      .w_stride = turned ? n_cols : rank,
+                      .w_batch_stride = n_cols * rank,
+                      .w_is_turned = turned,
+                      .out = out,
+                      .out_stride = n_cols,
+                      .out_batch_stride = n_rows * n_cols,
+                      .n_rows = n_rows,
+                      .n_cols = n_cols,
+                      .k = rank,
+                      .n_batch = n_heads,
+                      .bf16 = s.bf16,
+                      .out_bf16 = s.bf16,
+                      .add = false,
+                      .workspace = s.gemm});
+}
+
+int dequantize_heads(Device& device, const Weight& w, int64_t first, int64_t n, bool bf16,
+                     std::byte* out) noexcept {
+  return dequantize_rows(device.stream(), {.w = view_of(w),
+                                           .first_matrix = first,
+                                           .n_matrices = n,
+                                           .first_row = 0,
+                                           .n_rows = w.rows,
+                                           .out = out,
+                                           .bf16 = bf16});
+}
+
+int attend_heads(Device& device, const AttendExpandedParams& p, const ExpandedScratch& s,
+                 int64_t first_head, int64_t n_heads) noexcept {
+  const int64_t rank = p.rows.layout.kv_lora_rank, end = visible_end(p);
+  if (int e = dequantize_heads(device, *p.k_b, first_head, n_heads, s.bf16, s.k_b)) return e;
+  if (int e = dequantize_heads(device, *p.v_b, first_head, n_heads, s.bf16, s.v_b)) return e;
+  ExpandedTileParams tile{.q = p.q,
+                          .q_token_stride = p.q_token_stride,
+                          .q_head_stride = p.q_head_stride,
+                          .n_tokens = p.n_tokens,
+                          .n_heads_all = p.n_heads,
+                          .first_head = first_head,
+                          .n_heads = n_heads,
+                          .nope = p.qk_nope_head_dim,
+                          .rope = p.rows.layout.qk_rope_head_dim,
+                          .value = p.v_head_dim,
+                          .first_position = p.first_position,
+                          .first_row = p.rows.first_row,
+                          .n_rows = 0,
+                          .scale = p.scale,
+                          .keys = s.keys,
+                          .rope_keys = s.rope,
+                          .values = s.values,
+                          .max = p.state.max,
+                          .sum = p.state.sum,
+                          .out = p.out,
+                          .begin = p.begin,
+                          .finish = false};
+  int64_t row = p.rows.first_row;
+  do {  // once at least: the state begins and finishes even when no row is seen
+    DecodeRowsParams decode{.rows = {}, .latent = s.latent, .rope = s.rope, .bf16 = s.bf16};
+    const int64_t tile_end = std::min(end, (row / kExpandRows + 1) * kExpandRows);
+    const int64_t next =
+        row < end ? make_view(p.rows, row, tile_end, kPartialRows, decode.rows) : row;
+    tile.first_row = row;
+    tile.n_rows = next - row;
+    tile.finish = p.finish && next >= end;
+    if (tile.n_rows > 0) {
+      if (int e = decode_rows(device.stream(), decode)) return e;
+      if (int e = expand(device, s, rank, tile.n_rows, n_heads, s.k_b, !p.k_b_transposed,
+                         p.qk_nope_head_dim, s.keys))
+        return e;
+      if (int e =
+              expand(device, s, rank, tile.n_rows, n_heads, s.v_b, false, p.v_head_dim, s.values))
+        return e;
+    }
+    if (int e = s.bf16 ? attend_tile_mma(device.stream(), tile)
+                       : attend_tile_exact(device.stream(), tile))
+      return e;
+    tile.begin = false;
+    row = next;
+  } while (row < end);
+  return 0;
+}
+
+}  // namespace
+
+int64_t CudaBackend::workspace_bytes(const AttendAbsorbedParams& p) const noexcept {
+  Workspace counting;
+  carve(counting, p);
+  return counting.peak_bytes();
+}
+
+void CudaBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept {
+  const int64_t n_columns = p.n_tokens * p.n_heads, end = visible_end(p);
+  if (n_columns == 0) return;
+  Workspace space(op);
+  const AbsorbedScratch s = carve(space, p);
+  const int64_t rank = p.rows.layout.kv_lora_rank;
+  const bool tensor_cores =
+      !exact() && attend_partial_mma_fits(rank, p.rows.layout.qk_rope_head_dim);
+  PartialParams part{.q_latent = p.q_latent,
+                     .q_latent_token_stride = p.q_latent_token_stride,
+                     .q_latent_head_stride = p.q_latent_head_stride,
+                     .q_rope = p.q_rope,
+                     .q_rope_token_stride = p.q_rope_token_stride,
+                     .q_rope_head_stride = p.q_rope_head_stride,
+                     .n_columns = n_columns,
+                     .n_heads = p.n_heads,
+                     .first_position = p.first_position,
+                     .scale = p.scale,
+                     .rows = {},
+                     .max = s.max,
+                     .sum = s.sum,
+                     .out = s.out,
+                     .max_shared_bytes = device_->max_shared_bytes()};
+  MergeParams merge{.n_splits = 0,
+                    .n_columns = n_columns,
+                    .rank = rank,
+                    .part_max = s.max,
+                    .part_sum = s.sum,
+                    .part_out = s.out,
+                    .max = p.state.max,
+                    .sum = p.state.sum,
+                    .out = p.out,
+                    .begin = p.begin,
+                    .finish = false};
+  int64_t row = p.rows.first_row;
+  do {  // once at least: the state begins and finishes even when no row is seen
+    merge.n_splits = 0;
+    if (row < end) {
+      const int64_t wave_end = std::min(end, row + s.wave_splits * kPartialRows);
+      const int64_t next = make_view(p.rows, row, wave_end, kPartialRows, part.rows);
+      merge.n_splits = (next - row + kPartialRows - 1) / kPartialRows;
+      check(op, tensor_cores ? attend_partial_mma(device_->stream(), part)
+                             : attend_partial_exact(device_->stream(), part));
+      row = next;
+    }
+    merge.finish = p.finish && row >= end;
+    check(op, attend_merge(device_->stream(), merge));
+    merge.begin = false;
+  } while (row < end);
+}
+
+int64_t CudaBackend::workspace_bytes(const AttendExpandedParams& p) const noexcept {
+  Workspace counting;
+  carve(counting, p, exact());
+  return counting.peak_bytes();
+}
+
+void CudaBackend::attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept {
+  if (p.n_tokens == 0 || p.n_heads == 0) return;
+  Workspace space(op);
+  const ExpandedScratch s = carve(space, p, exact());
+  for (int64_t head = 0; head < p.n_heads; head += s.n_heads)
+    check(op, attend_heads(*device_, p, s, head, std::min(s.n_heads, p.n_heads - head)));
+}
+
+}  // namespace fathom::cuda

@@ -1,0 +1,130 @@
+// What kernels are written in: CUDA under nvcc, its emulation under any other compiler.  The one
+// place that knows which.  Included by .cu and .cuh files only.
+//
+// A kernel takes one parameter struct, and shared memory from SharedMemory alone.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/kernels.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include "cuda/emulation.h"
+#endif
+
+namespace fathom::cuda {
+
+#ifdef __CUDACC__
+
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fathom_shared[];
+  return fathom_shared;
+}
+
+// Errors: of the launch itself; what a kernel does wrong shows when the stream is waited for.
+template <class Params>
+int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream stream,
+           Params params) {
+  constexpr size_t kSharedForAll = 48 << 10;
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > kSharedForAll)
+    if (cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+        e != cudaSuccess) {
+      cudaGetLastError();
+      return e;
+    }
+  void* args[] = {&params};
+  const cudaError_t e = cudaLaunchKernel(function, grid, dim3(threads), args, shared_bytes,
+                                         static_cast<cudaStream_t>(stream));
+  if (e != cudaSuccess) cudaGetLastError();  // it is told here, and not to the next caller
+  return e;
+}
+
+// d += a * b for tiles of 16 x 8 x 16: m16n8k16, bf16 with f32 sums (PTX ISA, section 9.7.14).
+// With g = lane / 4 and t = lane % 4, a pair being two neighbours in one register:
+//   a  rows g, g + 8, g, g + 8;  k 2t, 2t, 2t + 8, 2t + 8      b  column g;  k 2t, 2t + 8
+//   d  rows g, g, g + 8, g + 8;  columns 2t, 2t + 1, 2t, 2t + 1
+__device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Two 8 x 8 tiles of 16-bit values, transposed on the way: lane i < 8 gives the address of row i of
+// the first, lane 8 + i that of row i of the second; out[j] has rows 2t, 2t + 1 of column g of tile
+// j.
+__device__ inline void load_transposed(uint32_t (&out)[2], const uint16_t* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(out[0]), "=r"(out[1])
+               : "r"(address)
+               : "memory");
+}
+
+#else
+
+inline unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>(emulated::Machine::here().shared());
+}
+
+template <class Params>
+int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream,
+           Params params) {
+  struct Call {
+    void (*kernel)(Params);
+    Params params;
+  } call{kernel, params};
+  emulated::Machine::here().run(
+      grid, {threads, 1, 1}, shared_bytes,
+      [](void* arg) {
+        const Call& c = *static_cast<const Call*>(arg);
+        c.kernel(c.params);
+      },
+      &call);
+  return emulated::Machine::here().failed() ? kEmulationFailed : 0;
+}
+
+inline float bf16_of_pair(uint32_t pair, int which) {
+  const uint32_t bits = which == 0 ? pair << 16 : pair & 0xffff0000u;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto* slots = emulated::exchange(mine, __FILE__, __LINE__);
+  const int g = emulated::lane() / 4, t = emulated::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const auto left = emulated::lane_value<Operands>(slots, row % 8 * 4 + k % 8 / 2);
+      const auto right = emulated::lane_value<Operands>(slots, column * 4 + k % 8 / 2);
+      d[i] +=
+          bf16_of_pair(left.a[row / 8 + k / 8 * 2], k % 2) * bf16_of_pair(right.b[k / 8], k % 2);
+    }
+  }
+}
+
+inline void load_transposed(uint32_t (&out)[2], const uint16_t* row) {
+  const auto* slots = emulated::exchange(row, __FILE__, __LINE__);
+  const int g = emulated::lane() / 4, t = emulated::lane() % 4;
+  for (int tile = 0; tile < 2; ++tile) {
+    const auto* even = emulated::lane_value<const uint16_t*>(slots, tile * 8 + 2 * t);
+    const auto* odd = emulated::lane_value<const uint16_t*>(slots, tile * 8 + 2 * t + 1);
+    out[tile] = even[g] | uint32_t{odd[g]} << 16;
+  }
+  __syncwarp();  // nobody overwrites the rows before all have read them
+}
+
+#endif
+
+}  // namespace fathom::cuda
