@@ -25,7 +25,7 @@ set(folders include/fathom lib/io lib/nn lib/run cpu cuda capi examples examples
 # an ending other than the standard library's, that no row matches is refused.
 set(third_party
   "^(sys|linux|asm)/" "^(lib|cpu|cuda|capi|examples)/"
-  "^(unistd|fcntl|pthread|sched|dlfcn|time|signal|poll)\\.h$" "^(lib|cpu|cuda|capi|examples)/"
+  "^(unistd|fcntl|pthread|sched|dlfcn|time|signal|poll|ucontext)\\.h$" "^(lib|cpu|cuda|capi|examples)/"
   "^(stdint|stddef|stdbool|string|stdio|stdlib|inttypes|math|float|limits|errno)\\.h$" "."
   "^(immintrin|x86intrin|cpuid)\\.h$" "^cpu/(amx_tiles|isa|kernels|simd|threads)[^/]*$"
   "^arm_neon\\.h$" "^cpu/(kernels|simd)[^/]*$"
