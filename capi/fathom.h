@@ -547,6 +547,15 @@ FATHOM_API int32_t FATHOM_CALL fathom_session_prefill(fathom_session *s, const f
 FATHOM_API int32_t FATHOM_CALL fathom_session_step(fathom_session *s, fathom_token id,
                                                    fathom_error *err);
 
+/* Appends ids[i] to s[i] for n different sessions of one model, in one pass that reads the weights
+ * once for all; afterwards each has its logits.  All or nothing.
+ * n   in [1, the plan's prefill chunk]     run   may be NULL; progress and chunk have no meaning
+ * E_ARGUMENT, E_MISMATCH (another model), E_CONTEXT_FULL (names the session), E_BUSY, and as
+ * prefill.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_step_batch(fathom_session *const *s,
+                                                         const fathom_token *ids, uint64_t n,
+                                                         const fathom_run *run, fathom_error *err);
+
 /* Samples and appends until a stop; calling again goes on seamlessly.  The new tokens are the last
  * n_new_tokens of fathom_session_tokens.
  * smp      NULL: greedy; its stream goes on from call to call

@@ -1,6 +1,9 @@
 // The C interface: sampler and session.
 #include <fmt/format.h>
 
+#include <deque>
+#include <vector>
+
 #include "capi/handles.h"
 
 using namespace fathom;        // NOLINT: this file forwards to it, line by line
@@ -133,6 +136,28 @@ int32_t fathom_session_prefill(fathom_session* s, const fathom_token* ids, uint6
 
 int32_t fathom_session_step(fathom_session* s, fathom_token id, fathom_error* err) {
   return session_call(err, s, [&] { return s->session.step(id); });
+}
+
+int32_t fathom_session_step_batch(fathom_session* const* s, const fathom_token* ids, uint64_t n,
+                                  const fathom_run* run, fathom_error* err) {
+  return call(err, [&]() -> Status {
+    if (s == nullptr) return null_argument("s");
+    if (ids == nullptr) return null_argument("ids");
+    FATHOM_TRY_ASSIGN(const auto handles, to_span("s", s, n));
+    FATHOM_TRY_ASSIGN(const auto tokens, to_span("ids", ids, n));
+    FATHOM_TRY_ASSIGN(const RunArguments arguments, to_run(run));
+    std::deque<Use> uses;  // a Use stays where it is
+    std::vector<Session*> sessions;
+    for (fathom_session* handle : handles) {
+      FATHOM_TRY(uses.emplace_back().begin(handle, "s"));
+      sessions.push_back(&handle->session);
+    }
+    Status status = Session::step_batch(sessions, tokens, arguments.options);
+    if (status.code() == Code::kDevice)
+      for (fathom_session* handle : handles)
+        handle->poisoned.store(true, std::memory_order_relaxed);
+    return status;
+  });
 }
 
 int32_t fathom_session_generate(fathom_session* s, fathom_sampler* smp,

@@ -175,7 +175,9 @@ Method choose_method(const CpuContext& ctx, const Weight& w, int64_t n_rows, boo
     const bool fast = ctx.numerics == Numerics::kFast && !exact;
     return fast && n_rows <= ctx.matmul->int8_max_rows ? Method::kInt8 : Method::kPanel;
   }
-  return n_rows <= kDotRows ? Method::kDot : Method::kPanel;
+  // The router is f32: a batch of texts must not choose other experts than each text alone.
+  const int64_t most = w.dtype == DType::kF32 ? kDotRowsF32 : kDotRows;
+  return n_rows <= most ? Method::kDot : Method::kPanel;
 }
 
 bool uses_method(const CpuContext& ctx, const Weight& w, int64_t n_rows, bool exact,
@@ -225,7 +227,10 @@ void multiply_slice(const CpuContext& ctx, Method method, const Weight& w, int64
       multiply_int8(*ctx.matmul, w, index, slice, a, out, out_stride, add);
       break;
     case Method::kDot:
-      multiply_dot(*ctx.matmul, w, index, slice, a, out, out_stride, add);
+      for (int64_t row = 0; row < a.n_rows; row += kDotRows)
+        multiply_dot(*ctx.matmul, w, index, slice,
+                     sub_rows(a, row, std::min<int64_t>(kDotRows, a.n_rows - row)),
+                     out + row * out_stride, out_stride, add);
       break;
     case Method::kPanel:
       multiply_panel(ctx, w, index, slice, a, panels, out, out_stride, add);

@@ -36,6 +36,7 @@ struct Activations {
 // Rows first .. first + n - 1 of `a`.
 Activations sub_rows(const Activations& a, int64_t first, int64_t n) noexcept;
 
+inline constexpr int64_t kDotRowsF32 = 64;  // rows up to which f32 weights take kDot
 inline constexpr int64_t kRowBlock = 128;  // rows of activations per task: what stays in L2
 inline constexpr int64_t kPanelCols = 256;
 inline constexpr int64_t kPanelGroups = 4;  // panels that are filled before they are used
@@ -70,7 +71,7 @@ Slice slice_at(const Weight&, int64_t groups, int64_t index) noexcept;
 
 // out[i, c] (+)= a[i] . row (slice.row0 + c) of matrix `index`, c < slice.n_rows.
 //   panels  [kPanelFloats] scratch of this worker, for kPanel
-// a.n_rows is at most kRowBlock, at most kDotRows for kDot.
+// a.n_rows is at most kRowBlock.
 void multiply_slice(const CpuContext&, Method, const Weight&, int64_t index, const Slice&,
                     const Activations&, float* panels, float* out, int64_t out_stride,
                     bool add) noexcept;

@@ -711,6 +711,20 @@ static void test_save_restore(const Fixture* f) {
   EXPECT_OK(fathom_session_logits_view(session, &before, &n_before, err));
   EXPECT_OK(fathom_session_logits_view(again, &after, &n_after, err));
   EXPECT(n_before == n_after && memcmp(before, after, n_before * sizeof *before) == 0);
+  {
+    fathom_session* both[2];
+    const fathom_token next[2] = {4, 4};
+    both[0] = session, both[1] = again;
+    EXPECT_OK(fathom_session_step_batch(both, next, 2, NULL, err));
+    EXPECT_OK(fathom_session_logits_view(session, &before, &n_before, err));
+    EXPECT_OK(fathom_session_logits_view(again, &after, &n_after, err));
+    EXPECT(n_before == n_after && memcmp(before, after, n_before * sizeof *before) == 0);
+    both[1] = session;
+    EXPECT_CODE(FATHOM_E_BUSY, fathom_session_step_batch(both, next, 2, NULL, err));
+    EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step_batch(both, next, 0, NULL, err));
+    EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step_batch(NULL, next, 2, NULL, err));
+    EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_step_batch(both, NULL, 2, NULL, err));
+  }
   fathom_session_free(again);
 
   EXPECT_CODE(FATHOM_E_IO, fathom_session_save_io(session, write_full, NULL, NULL, err));

@@ -63,13 +63,13 @@ class ReferenceModel final : public nn::RowSourceOf {
   std::vector<float> pass(std::span<const int32_t> tokens, AttentionForm form,
                           const nn::Trace* trace = nullptr) {
     REQUIRE(n_tokens_ + static_cast<int64_t>(tokens.size()) <= max_tokens_);
+    const nn::Sequence sequence{this, 0, static_cast<int64_t>(tokens.size()), n_tokens_};
     const nn::ForwardParams params{.config = config(),
                                    .rope = rope_,
                                    .weights = *weights_,
                                    .stages = {&stage_, 1},
-                                   .cache = *this,
                                    .tokens = tokens,
-                                   .first_position = n_tokens_,
+                                   .sequences = {&sequence, 1},
                                    .form = form,
                                    .trace = trace};
     REQUIRE(nn::forward(params).ok());

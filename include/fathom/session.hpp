@@ -101,6 +101,16 @@ class Session {
   Status prefill(std::span<const int32_t> tokens, const RunOptions& options = {});
   // Appends one token.  Same errors; all or nothing.
   Status step(int32_t token);
+  // Appends tokens[i] to sessions[i], in one pass that reads the weights once for all: several texts
+  // of one model, each at its own position.  Afterwards each has its logits.  All or nothing.
+  // Bits: those of single steps, when all weights are quantised to integers, or f32 for up to 64
+  // sessions; other weights give the same up to rounding of f32 sums beyond 4.
+  // The pass runs in the buffers of sessions[0], on the calling thread; no other thread may use any
+  // of the sessions meanwhile.  Errors: kInvalidArgument (no sessions, counts that differ, null or
+  // one twice, more than the plan's chunk, an id out of range), kMismatch (another model),
+  // kContextFull (naming the session), kBudget, kMemory, kCancelled, kDevice.
+  static Status step_batch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
+                           const RunOptions& options = {});
   // Samples from logits() and appends, until a stop; afterwards the session is as if the prompt
   // and all of result.tokens had been prefilled, so that calling again goes on seamlessly.  Needs
   // logits (kState before any prefill).  The end of the context or of a budget is a reason, not an

@@ -10,7 +10,7 @@ Step step_of(const ForwardParams& p, const Stage& stage) {
           .rope = p.rope,
           .scratch = stage.scratch,
           .n_tokens = static_cast<int64_t>(p.tokens.size()),
-          .first_position = p.first_position,
+          .sequences = p.sequences,
           .form = p.form};
 }
 
@@ -24,7 +24,8 @@ Status copy_residual(const Stage& from, const Stage& to, int64_t bytes) {
 Status trace_point(const ForwardParams& p, const Stage& stage, std::string_view name, int64_t layer,
                    const void* data, int64_t n_cols) {
   FATHOM_TRY(stage.device->sync(stage.op));
-  (*p.trace)({name, layer, data, static_cast<int64_t>(p.tokens.size()), n_cols, p.first_position});
+  (*p.trace)({name, layer, data, static_cast<int64_t>(p.tokens.size()), n_cols,
+              p.sequences.front().first_position});
   return {};
 }
 
@@ -54,12 +55,14 @@ Status forward(const ForwardParams& p) {
       FATHOM_TRY(copy_residual(p.stages[i - 1], stage,
                                n * c.hidden_size * static_cast<int64_t>(sizeof(float))));
     }
-    stage.device->rope_table(stage.op, {.inv_freq = p.rope.inv_freq.data(),
-                                        .multiplier = p.rope.multiplier,
-                                        .rope_dim = c.qk_rope_head_dim,
-                                        .first_position = p.first_position,
-                                        .n_tokens = n,
-                                        .cos_sin = stage.scratch.cos_sin});
+    for (const Sequence& sequence : p.sequences)
+      stage.device->rope_table(
+          stage.op, {.inv_freq = p.rope.inv_freq.data(),
+                     .multiplier = p.rope.multiplier,
+                     .rope_dim = c.qk_rope_head_dim,
+                     .first_position = sequence.first_position,
+                     .n_tokens = sequence.n_tokens,
+                     .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
     for (int64_t slot = 0; slot < stage.n_layers; ++slot) {
       if (p.cancelled && p.cancelled(p.cancelled_arg)) {
         FATHOM_TRY(stage.device->sync(stage.op));
@@ -67,11 +70,12 @@ Status forward(const ForwardParams& p) {
       }
       const int64_t layer = stage.first_layer + slot;
       const LayerWeights& w = p.weights.layers[static_cast<size_t>(layer)];
-      mla_attention(step, w, {p.cache, static_cast<int>(i), slot});
-      if (Status brought = p.cache.status(); !brought.ok()) {
-        FATHOM_TRY(stage.device->sync(stage.op));
-        return brought;
-      }
+      mla_attention(step, w, {static_cast<int>(i), slot});
+      for (const Sequence& sequence : p.sequences)
+        if (Status brought = sequence.cache->status(); !brought.ok()) {
+          FATHOM_TRY(stage.device->sync(stage.op));
+          return brought;
+        }
       feed_forward(step, w, c.is_moe_layer(layer));
       if (p.trace) FATHOM_TRY(trace_layer(p, stage, layer));
     }

@@ -23,9 +23,10 @@ struct ForwardParams {
   const Rope& rope;
   const Weights& weights;
   std::span<const Stage> stages;  // in the order of their layers; at least one
-  const RowSourceOf& cache;       // has room for first_position + tokens.size() rows
   std::span<const int32_t> tokens;
-  int64_t first_position;
+  // Whose rows they are: one sequence, or several (form absorbed) that share the reading of the
+  // weights.  Each cache has room for its new rows.
+  std::span<const Sequence> sequences;
   AttentionForm form;
   // Asked between layers; true ends the pass with kCancelled.  May be null.
   bool (*cancelled)(void* arg) = nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "../io/arena.h"
 #include "fathom/backend.hpp"
@@ -43,6 +44,16 @@ struct Scratch {
   static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens);
 };
 
+class RowSourceOf;
+
+// Rows of a pass that belong to one text: [first_row, first_row + n_tokens), at positions from
+// first_position on.
+struct Sequence {
+  const RowSourceOf* cache;
+  int64_t first_row, n_tokens;
+  int64_t first_position;
+};
+
 // One pass over n_tokens rows on one device: everything a layer needs to know.
 struct Step {
   Backend& device;
@@ -51,7 +62,7 @@ struct Step {
   const Rope& rope;
   const Scratch& scratch;
   int64_t n_tokens;
-  int64_t first_position;
+  std::span<const Sequence> sequences;  // all rows, in order; more than one only when absorbed
   AttentionForm form;
 };
 
@@ -80,11 +91,10 @@ class RowSourceOf {
   ~RowSourceOf() = default;
 };
 
-// The rows of one layer on one device.
-struct LayerRows {
-  const RowSourceOf& source;
+// One layer on one device, as RowSourceOf counts them.
+struct LayerSlot {
   int stage;
-  int64_t layer_slot;
+  int64_t slot;
 };
 
 // Chunks of at least this many rows are cheaper in expanded form: expanding a row costs
@@ -92,9 +102,9 @@ struct LayerRows {
 // (nope + rope + v) per query and head.  max int64 where absorbed is always cheaper.
 int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 
-// x += W_o attention(norm(x)).  Writes this pass's rows into `rows` and attends over all of them.
-// What is left in x is of no use when rows.source.status() tells of a failure.
-void mla_attention(const Step& step, const LayerWeights& weights, const LayerRows& rows) noexcept;
+// x += W_o attention(norm(x)).  Writes the rows of each sequence into its cache and attends over
+// all that are there.  What is left in x is of no use when a cache's status() tells of a failure.
+void mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
 
 // x += ffn(norm(x)): dense, or routed and shared experts.
 void feed_forward(const Step& step, const LayerWeights& weights, bool moe) noexcept;

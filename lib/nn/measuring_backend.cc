@@ -103,10 +103,11 @@ int64_t measure_workspace(const Backend& device, const ModelConfig& config, cons
     // Addresses are never followed; a made-up base keeps pointer arithmetic defined.
     Arena arena(reinterpret_cast<void*>(uintptr_t{Arena::kAlignment}), INT64_MAX);
     const Scratch scratch = Scratch::carve(arena, config, n);
-    const Step step{measuring, {}, config, rope, scratch, n, 0, form};
+    const Sequence sequence{&rows, 0, n, 0};
+    const Step step{measuring, {}, config, rope, scratch, n, {&sequence, 1}, form};
     for (int64_t l = first_layer; l < first_layer + n_layers; ++l) {
       const LayerWeights& w = weights.layers[static_cast<size_t>(l)];
-      mla_attention(step, w, {rows, 0, 0});
+      mla_attention(step, w, {0, 0});
       feed_forward(step, w, config.is_moe_layer(l));
     }
     logits(step, weights, 0, std::min(n, kLogitRows));

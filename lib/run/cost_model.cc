@@ -175,8 +175,8 @@ class Prediction final : public nn::RowSourceOf {
   }
 
   nn::Step step() {
-    return {backend_,  {}, config_, rope_, scratch_, pass_.n_tokens, pass_.first_position,
-            pass_.form};
+    sequence_ = {this, 0, pass_.n_tokens, pass_.first_position};
+    return {backend_, {}, config_, rope_, scratch_, pass_.n_tokens, {&sequence_, 1}, pass_.form};
   }
   KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return {&page_,
@@ -195,6 +195,7 @@ class Prediction final : public nn::RowSourceOf {
   nn::Rope rope_;
   Arena arena_;
   nn::Scratch scratch_;
+  nn::Sequence sequence_{};
   KvPage page_;
 };
 
@@ -205,7 +206,7 @@ LayerSeconds layer_seconds(const MachineDevice& device, const ModelConfig& confi
   Prediction prediction(device, config, pass);
   CostBackend& backend = prediction.backend();
   LayerSeconds out;
-  nn::mla_attention(prediction.step(), weights, {prediction, 0, 0});
+  nn::mla_attention(prediction.step(), weights, {0, 0});
   out.attention = backend.busy_seconds();
   nn::feed_forward(prediction.step(), weights, moe);
   out.experts = backend.expert_seconds();

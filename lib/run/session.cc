@@ -35,10 +35,11 @@ Status SessionState::all_logits(const nn::ForwardParams& params, const RunOption
     FATHOM_TRY(nn::forward_logits(params, row, count));
     const float* logits = stages.back().scratch.logits;
     for (int64_t i = 0; i < count; ++i)
-      if (!options.on_logits(params.first_position + row + i,
+      if (!options.on_logits(params.sequences.front().first_position + row + i,
                              {logits + i * vocab, static_cast<size_t>(vocab)}))
-        return Status(Code::kCallback, fmt::format("the logits callback stopped at position {}",
-                                                   params.first_position + row + i));
+        return Status(Code::kCallback,
+                      fmt::format("the logits callback stopped at position {}",
+                                  params.sequences.front().first_position + row + i));
     // logits() is the view of the first row: leave the last position's there.
     if (row + count == n && count > 1)
       std::copy_n(logits + (count - 1) * vocab, vocab, stages.back().scratch.logits);
@@ -51,13 +52,13 @@ Status SessionState::pass(std::span<const int32_t> chunk, AttentionForm form,
   const auto n = static_cast<int64_t>(chunk.size());
   const int64_t capacity = cache.capacity_tokens();
   FATHOM_TRY(cache.reserve(n_tokens + n));
+  const nn::Sequence sequence{this, 0, n, n_tokens};
   const nn::ForwardParams params{.config = model.config(),
                                  .rope = model.state()->rope,
                                  .weights = *model.state()->weights,
                                  .stages = stages,
-                                 .cache = *this,
                                  .tokens = chunk,
-                                 .first_position = n_tokens,
+                                 .sequences = {&sequence, 1},
                                  .form = form,
                                  .cancelled = RunControl::cancelled,
                                  .cancelled_arg = const_cast<RunControl*>(&control),
@@ -74,11 +75,15 @@ Status SessionState::pass(std::span<const int32_t> chunk, AttentionForm form,
     cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
     return status;
   }
-  std::copy(chunk.begin(), chunk.end(), tokens + n_tokens);
-  n_tokens += n;
-  cache.commit_rows(n_tokens);
+  append(chunk);
   has_logits = want_logits || options.on_logits;
   return {};
+}
+
+void SessionState::append(std::span<const int32_t> ids) noexcept {
+  std::copy(ids.begin(), ids.end(), tokens + n_tokens);
+  n_tokens += static_cast<int64_t>(ids.size());
+  cache.commit_rows(n_tokens);
 }
 
 }  // namespace run

@@ -20,6 +20,8 @@ class SessionState final : public nn::RowSourceOf {
   // or of all rows when options.on_logits is set.
   Status pass(std::span<const int32_t> chunk, AttentionForm form, const RunControl& control,
               const RunOptions& options, bool want_logits);
+  // After a pass: the rows it wrote count, and these are their tokens.
+  void append(std::span<const int32_t> ids) noexcept;
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
