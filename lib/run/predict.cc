@@ -59,13 +59,13 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
   }
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
   const PredictedRows rows(plan, pass.first_position + pass.n_tokens);
+  const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
   const nn::ForwardParams params{.config = plan.model,
                                  .rope = rope,
                                  .weights = weights,
                                  .stages = stages,
-                                 .cache = rows,
                                  .tokens = tokens,
-                                 .first_position = pass.first_position,
+                                 .sequences = {&sequence, 1},
                                  .form = pass.form};
   PassSeconds out;
   if (!nn::forward(params).ok() || !nn::forward_logits(params, pass.n_tokens - 1, 1).ok())
