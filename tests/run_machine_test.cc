@@ -160,5 +160,50 @@ TEST_CASE("an engine describes its own devices", "[machine]") {
   CHECK(machine.link(0, 1).bytes_per_s > 0);
 }
 
+TEST_CASE("an engine measures its devices, and another one plans with the result", "[machine]") {
+  const Config config = test::config_of({{"devices", "cpu:0,cpu:1"}, {"threads", "1"}});
+  auto engine = Engine::create(config);
+  REQUIRE(engine.ok());
+  const int64_t before = engine->memory().devices[0].bytes_now;
+  auto measured = engine->measure(0.1);
+  INFO(measured.status().message());
+  REQUIRE(measured.ok());
+  CHECK(engine->memory().devices[0].bytes_now == before);
+  INFO(measured->to_json());
+  for (const MachineDevice& device : measured->devices) {
+    CHECK(device.source == RateSource::kMeasured);
+    // Any machine that can build this: between 100 MB/s and 10 TB/s, 100 MFLOP/s and 1 PFLOP/s.
+    for (const auto& [type, rate] : device.read_bytes_per_s_by_type) {
+      CHECK(rate > 1e8);
+      CHECK(rate < 1e13);
+      CHECK(rate <= device.read_bytes_per_s);
+    }
+    CHECK(device.read_bytes_per_s_by_type.size() == 4);
+    for (const double rate :
+         {device.quantised_flops_per_s, device.dense_flops_per_s, device.attention_flops_per_s}) {
+      CHECK(rate > 1e8);
+      CHECK(rate < 1e15);
+    }
+    CHECK(device.operation_s > 0);
+    CHECK(device.operation_s < 0.1);
+  }
+  CHECK(measured->links[0].source == RateSource::kMeasured);
+
+  auto known = MachineDescription::parse(measured->to_json());  // through a profile's file
+  REQUIRE(known.ok());
+  auto again = Engine::create(config, {}, &*known);
+  REQUIRE(again.ok());
+  auto plan = again->plan(FATHOM_EXAMPLE_MODEL);
+  REQUIRE(plan.ok());
+  CHECK(plan->speed.source == RateSource::kMeasured);
+  CHECK(engine->plan(FATHOM_EXAMPLE_MODEL)->speed.source == RateSource::kDocumented);
+  CHECK(again->machine().devices[1].read_bytes_per_s == measured->devices[1].read_bytes_per_s);
+
+  CHECK(engine->measure(0).status().code() == Code::kInvalidArgument);
+  auto simulated = Engine::simulate(*measured);
+  REQUIRE(simulated.ok());
+  CHECK(simulated->measure().status().code() == Code::kState);
+}
+
 }  // namespace
 }  // namespace fathom

@@ -1,10 +1,14 @@
 #include "loading.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
 
 #include <fmt/format.h>
 
 #include "exit.h"
+#include "fathom/version.hpp"
 #include "machine.h"
 #include "signals.h"
 #include "terminal.h"
@@ -45,6 +49,49 @@ fathom::Engine make_engine(const fathom::Config& config) {
   if (!engine.ok() && engine.status().code() == fathom::Code::kUnsupported)
     fail(kExitDevice, engine.status().message());
   return must(std::move(engine));
+}
+
+// Where the rates of these devices are kept; empty when there is no place.
+static std::filesystem::path rates_file(const fathom::Engine& engine) {
+  std::string key = std::string(fathom::version());
+  for (int d = 0; d < engine.n_devices(); ++d) key += engine.device(d).describe();
+  uint64_t hash = 14695981039346656037u;  // FNV-1a
+  for (const char c : key) hash = (hash ^ static_cast<unsigned char>(c)) * 1099511628211u;
+  const char* cache = std::getenv("XDG_CACHE_HOME");
+  const char* home = std::getenv("HOME");
+  if (cache == nullptr && home == nullptr) return {};
+  const std::filesystem::path folder =
+      cache != nullptr ? std::filesystem::path(cache) : std::filesystem::path(home) / ".cache";
+  return folder / "fathom" / fmt::format("rates-{:016x}.json", hash);
+}
+
+fathom::Engine make_engine_with_rates(const fathom::Config& config, bool measure) {
+  fathom::Engine engine = make_engine(config);
+  const std::filesystem::path path = rates_file(engine);
+  std::error_code error;
+  if (!measure && (path.empty() || !std::filesystem::exists(path, error))) return engine;
+  fathom::MachineDescription rates;
+  if (measure) {
+    note(fmt::format("measuring {} device{}, about {} s", engine.n_devices(),
+                     engine.n_devices() == 1 ? "" : "s", 2 * engine.n_devices()));
+    rates = must(engine.measure());
+    if (!path.empty()) {
+      std::filesystem::create_directories(path.parent_path(), error);
+      if (std::ofstream(path) << rates.to_json() << "\n")
+        detail("rates are kept in " + path.string());
+      else
+        note("note: the rates could not be kept in " + path.string());
+    }
+  } else {
+    fathom::Result<fathom::MachineDescription> kept =
+        fathom::MachineDescription::read(path.string());
+    if (!kept.ok()) {
+      note(fmt::format("note: {} is not used: {}", path.string(), kept.status().message()));
+      return engine;
+    }
+    rates = std::move(kept).value();
+  }
+  return must(fathom::Engine::create(config, log_hooks(), &rates));
 }
 
 fathom::Plan make_plan(const fathom::Engine& engine, const std::string& model_path,

@@ -28,6 +28,11 @@ fathom::Engine make_engine(const fathom::Config&);
 // The same, of simulated devices when a machine file is named.
 fathom::Engine make_engine(const fathom::Config&, const std::string& machine_file);
 
+// The same with this machine's own rates for predictions: measured now when `measure`, else those
+// of an earlier measurement with the same devices and threads, else documented ones.  They are kept
+// in $XDG_CACHE_HOME/fathom (~/.cache/fathom).
+fathom::Engine make_engine_with_rates(const fathom::Config&, bool measure);
+
 // Plans; `flags` tells when the context is to be the model's own (-c 0).
 fathom::Plan make_plan(const fathom::Engine&, const std::string& model_path, const fathom::Config&,
                        const ConfigFlags& flags);

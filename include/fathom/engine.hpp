@@ -64,8 +64,11 @@ struct RunOptions {
 
 class Engine {
  public:
-  // Makes the devices that config.devices names.  Errors: kConfig, kUnsupported, kMemory.
-  static Result<Engine> create(const Config& config = {}, const HostHooks& hooks = {});
+  // Makes the devices that config.devices names.  `rates`, when given, is what measure() of such an
+  // engine answered before: devices and links found in it by name have its rates.  Errors: kConfig,
+  // kUnsupported, kMemory.
+  static Result<Engine> create(const Config& config = {}, const HostHooks& hooks = {},
+                               const MachineDescription* rates = nullptr);
 
   // Makes simulated devices: the machine's bytes and speeds, this library's plans, ledger, scheduler
   // and cache, and no arithmetic.  A model of any size "loads" from its header or bare config.json
@@ -84,6 +87,10 @@ class Engine {
   // The same devices as a description: kinds, bytes, rates and links.  Rates of real devices are
   // the documented ones of their kind until they are measured.
   const MachineDescription& machine() const noexcept;
+  // Measures the rates of the devices and of the links between them by running operations, for
+  // about so many seconds per device (a few more under 1) and with 64 MiB per second, given back.
+  // Errors: kInvalidArgument, kBudget, kMemory, kDevice; kState for simulated devices.
+  Result<MachineDescription> measure(double seconds_per_device = 2) const;
   // Seconds since the engine was made: on the wall, or on the clock of simulated devices.
   double seconds() const noexcept;
   // Seconds that a simulated device has worked so far; 0 for real ones.

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <thread>
 
 #include "config_schema.h"
 #include "engine_state.h"
@@ -19,7 +20,33 @@ bool is_cpu_name(std::string_view name) {
   return std::all_of(name.begin() + 4, name.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
-Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
+// Takes over the rates of devices and links of the same names.
+void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
+  for (MachineDevice& device : machine.devices) {
+    const int at = known.find(device.name);
+    if (at < 0) continue;
+    const MachineDevice& from = known.devices[static_cast<size_t>(at)];
+    device.read_bytes_per_s = from.read_bytes_per_s;
+    device.read_bytes_per_s_by_type = from.read_bytes_per_s_by_type;
+    device.quantised_flops_per_s = from.quantised_flops_per_s;
+    device.dense_flops_per_s = from.dense_flops_per_s;
+    device.attention_flops_per_s = from.attention_flops_per_s;
+    device.operation_s = from.operation_s;
+    device.source = from.source;
+  }
+  for (MachineLink& link : machine.links) {
+    const int from = known.find(machine.devices[static_cast<size_t>(link.from)].name);
+    const int to = known.find(machine.devices[static_cast<size_t>(link.to)].name);
+    if (from < 0 || to < 0) continue;
+    const MachineLink& other = known.link(from, to);
+    link.bytes_per_s = other.bytes_per_s;
+    link.latency_s = other.latency_s;
+    link.source = other.source;
+  }
+}
+
+Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
+                             const MachineDescription* rates) {
   FATHOM_TRY(config.validate());
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
   for (const std::string& name : names)
@@ -64,10 +91,12 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
     device.bytes = backend.memory().total_bytes;
     device.budget_bytes = std::min(accounts[i].budget_bytes, device.bytes);
     device.runtime_bytes = backend.runtime_bytes();
-    device.threads = static_cast<int>(config.threads);
+    device.threads = config.threads > 0 ? static_cast<int>(config.threads)
+                                        : static_cast<int>(std::thread::hardware_concurrency());
     machine.devices.push_back(std::move(device));
   }
   FATHOM_TRY(machine.complete());
+  if (rates != nullptr) adopt_rates(machine, *rates);
 
   auto state = std::make_shared<run::EngineState>(
       config, hooks, std::move(devices), std::move(machine), std::move(accounts), host_limit);
@@ -79,8 +108,9 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks) {
 
 Engine::Engine(std::shared_ptr<run::EngineState> state) noexcept : state_(std::move(state)) {}
 
-Result<Engine> Engine::create(const Config& config, const HostHooks& hooks) {
-  return run::guarded([&] { return create_engine(config, hooks); });
+Result<Engine> Engine::create(const Config& config, const HostHooks& hooks,
+                              const MachineDescription* rates) {
+  return run::guarded([&] { return create_engine(config, hooks, rates); });
 }
 
 const Config& Engine::config() const noexcept {
