@@ -184,23 +184,25 @@ void SimulatedBackend::spend(const Work& work, bool) noexcept {
 
 double SimulatedBackend::row_bytes(const KvRows& rows) const noexcept {
   if (rows.n_rows == 0) return 0;
-  std::lock_guard lock(seen_mutex_);
-  const void* first_page = rows.pages[rows.first_row / rows.layout.page_tokens].data;
-  if (seen_.pages == rows.pages && seen_.first_page == first_page &&
-      seen_.first_row == rows.first_row && seen_.n_rows == rows.n_rows)
-    return seen_.row_bytes;
   const int64_t page_tokens = rows.layout.page_tokens, end = rows.first_row + rows.n_rows;
-  double bytes = 0;
-  for (int64_t row = rows.first_row; row < end;) {
-    const int64_t page = row / page_tokens, next = std::min((page + 1) * page_tokens, end);
-    const KvType type = rows.pages[page].type;
-    bytes +=
-        static_cast<double>(next - row) *
-        static_cast<double>(rows.layout.latent_row_bytes(type) + rows.layout.rope_row_bytes(type));
-    row = next;
-  }
-  seen_ = {rows.pages, first_page, rows.first_row, rows.n_rows,
-           bytes / static_cast<double>(rows.n_rows)};
+  const auto average = [&] {
+    double bytes = 0;
+    for (int64_t row = rows.first_row; row < end;) {
+      const int64_t page = row / page_tokens, next = std::min((page + 1) * page_tokens, end);
+      const KvType type = rows.pages[page].type;
+      bytes +=
+          static_cast<double>(next - row) * static_cast<double>(rows.layout.latent_row_bytes(type) +
+                                                                rows.layout.rope_row_bytes(type));
+      row = next;
+    }
+    return bytes / static_cast<double>(rows.n_rows);
+  };
+  if (rows.n_rows <= page_tokens) return average();  // as fast as looking it up
+  const void* first_page = rows.pages[rows.first_row / page_tokens].data;
+  std::lock_guard lock(seen_mutex_);
+  if (seen_.pages != rows.pages || seen_.first_page != first_page ||
+      seen_.first_row != rows.first_row || seen_.n_rows != rows.n_rows)
+    seen_ = {rows.pages, first_page, rows.first_row, rows.n_rows, average()};
   return seen_.row_bytes;
 }
 
