@@ -43,8 +43,8 @@ TEST_CASE("chunk sizes change the logits by less than the tolerance", "[session]
 }
 
 TEST_CASE("page sizes and thread counts give the same bits", "[session]") {
-  for (const std::string& path : {kTrained, test::test_data("models/tiny-v3"),
-                                  test::test_data("quant/quant.Q4_K_M.gguf")})
+  for (const std::string& path :
+       {kTrained, test::test_data("models/tiny-v3"), test::test_data("quant/quant.Q4_K_M.gguf")})
     for (const char* numerics : {"fast", "exact"}) {
       const auto tokens = text_tokens(700);
       std::vector<int32_t> ids = tokens;
@@ -151,7 +151,8 @@ TEST_CASE("a cancelled prefill keeps whole chunks and the session goes on", "[se
   other.join();
   CHECK((status.ok() || status.code() == Code::kCancelled));
   const int64_t held = session.n_tokens();
-  if (held < 400) test::require_ok(session.prefill(std::span(tokens).subspan(static_cast<size_t>(held))));
+  if (held < 400)
+    test::require_ok(session.prefill(std::span(tokens).subspan(static_cast<size_t>(held))));
 
   RunOptions late;
   late.deadline_ms = 1;
@@ -201,7 +202,8 @@ TEST_CASE("bad tokens, empty prompts and full contexts are refused and lose noth
 TEST_CASE("a budget that ends during generation is a reason, and the session lives", "[session]") {
   auto engine = Engine::create();
   REQUIRE(engine.ok());
-  auto plan = engine->plan(kTrained, test::config_of({{"context.max", "2000"}}));
+  auto plan =
+      engine->plan(kTrained, test::config_of({{"context.max", "2000"}, {"kv.ladder", "none"}}));
   REQUIRE(plan.ok());
   auto model = Model::load(*engine, *plan);
   REQUIRE(model.ok());
@@ -251,7 +253,8 @@ TEST_CASE("generation in two calls equals one", "[session]") {
 TEST_CASE("stop strings are not handed out, not even in part", "[session]") {
   const Model model = test::load_model(kTrained);
   std::vector<int32_t> prompt;
-  test::require_ok(model.tokenizer()->encode("Once upon a time there was", {.add_bos = true}, prompt));
+  test::require_ok(
+      model.tokenizer()->encode("Once upon a time there was", {.add_bos = true}, prompt));
   const auto run = [&](std::vector<std::string> stops) {
     Session session = test::new_session(model);
     test::require_ok(session.prefill(prompt));

@@ -7,8 +7,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <string>
 #include <vector>
 
+#include "fathom/config.hpp"
 #include "fathom/kv_page.hpp"
 #include "fathom/status.hpp"
 
@@ -16,13 +19,18 @@ namespace fathom {
 
 namespace run {
 class EngineState;
-}
+class KvPages;
+}  // namespace run
 
 struct KVCacheOptions {
   KvPolicy policy;
   KvLayout layout;
   std::vector<int64_t> layers_on_device;  // [n_devices] layers whose rows live there
   int64_t max_tokens = 0;                 // addresses are reserved for so many
+  std::vector<KvTier> tiers = {KvTier::kDevice};
+  std::string spill_folder = {};          // for the file tier
+  // The smallest type that the session's ladder may rewrite cold pages in; none: it does not.
+  std::optional<KvType> floor_type = std::nullopt;
 };
 
 class KVCache {
@@ -37,14 +45,17 @@ class KVCache {
   int64_t capacity_tokens() const noexcept;  // rows that fit the mapped pages
   int64_t max_tokens() const noexcept;
   int64_t page_tokens() const noexcept;
-  int64_t size_bytes() const noexcept;  // committed, all devices
+  int64_t size_bytes() const noexcept;  // memory committed, all devices and the host
+  // Bytes of pages in a tier, all devices; those in the file take no memory.
+  int64_t bytes_in(KvTier tier) const noexcept;
 
   // Makes room for `n_tokens` tokens in all; pages that this makes cold are rewritten first. Either
-  // all pages are mapped on all devices or none is added.  Errors: kContextFull beyond max_tokens,
-  // kBudget (needed and available bytes), kMemory.  Cost: O(new pages).
+  // all pages are mapped on all devices or none is added.  Climbs no ladder: Session::reserve does.
+  // Errors: kContextFull beyond max_tokens, kBudget (needed and available bytes), kMemory; kIo when
+  // the page to be written next was moved to the file and cannot be read.  Cost: O(new pages).
   Status reserve(int64_t n_tokens);
-  // Makes room for one page more, in the type in which its rows were saved: the policy's type, or
-  // hot_type where it has hot pages.  Errors: kContextFull, kMismatch (names the types), kBudget,
+  // Makes room for one page more, in the type in which its rows were saved: the policy's type,
+  // hot_type where it has hot pages, or one that the ladder may have rewritten it in.  Errors: kContextFull, kMismatch (names the types), kBudget,
   // kMemory; then no page is added.
   Status add_page(KvType type);
   // Says that the rows up to `n_tokens` are written now; n_tokens() <= n_tokens <= capacity.
@@ -54,13 +65,16 @@ class KVCache {
   void truncate(int64_t n_tokens, int64_t keep_tokens = 0) noexcept;
 
   // View of one layer's rows [first_row, first_row + n_rows) on `device`; layer_slot counts the
-  // layers of that device.  Valid until the next reserve or truncate.
+  // layers of that device.  Pages that were moved have no data.  Valid until the next reserve or
+  // truncate.
   KvRows rows(int device, int64_t layer_slot, int64_t first_row, int64_t n_rows) const noexcept;
 
+  run::KvPages& pages() noexcept { return *pages_; }
+  const run::KvPages& pages() const noexcept { return *pages_; }
+
  private:
-  struct State;
-  explicit KVCache(std::unique_ptr<State>) noexcept;
-  std::unique_ptr<State> state_;
+  explicit KVCache(std::unique_ptr<run::KvPages>) noexcept;
+  std::unique_ptr<run::KvPages> pages_;
 };
 
 }  // namespace fathom

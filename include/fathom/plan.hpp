@@ -42,6 +42,9 @@ struct PlanDevice {
   // Predicted seconds of work in a full prefill chunk and in a decode step at the end of the
   // context.
   double prefill_seconds = 0, decode_seconds = 0;
+  // With by_ladder: cache bytes at max_context that the budget does not hold; the ladder moves
+  // them to other tiers or saves them by rewriting pages.  All sessions.
+  int64_t kv_moved_bytes = 0;
   // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
   std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
 
@@ -94,6 +97,10 @@ struct Plan {
 
   bool feasible = false;
   int64_t max_context_feasible = 0;  // longest context that fits, all else kept; 0: none
+  // The context fits by kv.ladder only: from max_context_resident tokens on its steps are taken.
+  // Then the cache's planned bytes are what the budgets leave for it.
+  bool by_ladder = false;
+  int64_t max_context_resident = 0;  // longest context that fits without the ladder
   // When infeasible: where the budget binds.
   int binding_device = -1;
   Purpose binding_purpose = Purpose::kKv;

@@ -47,7 +47,7 @@ class Generation {
 
     FATHOM_TRY_ASSIGN(const int32_t token, sampler_.pick(session_.logits(), session_.tokens()));
     if (Status s = session_.step(token); !s.ok()) {
-      if (s.code() == Code::kBudget || s.code() == Code::kMemory)
+      if (s.code() == Code::kBudget || s.code() == Code::kMemory || s.code() == Code::kContextFull)
         return end_of_memory(std::move(s));
       return s;
     }

@@ -14,6 +14,28 @@
 
 namespace fathom::run {
 
+inline bool ladder_has(const Config& config, LadderStep step) noexcept {
+  return std::find(config.kv_ladder.begin(), config.kv_ladder.end(), step) !=
+         config.kv_ladder.end();
+}
+
+// Where the steps of a configuration's ladder lead.
+struct LadderReach {
+  bool host = false;  // devices that are not the host
+  bool file = false;
+  std::optional<KvType> floor_type;  // cold pages are rewritten down to it
+};
+inline LadderReach ladder_reach(const Config& config) noexcept {
+  const auto tier = [&](KvTier t) {
+    return std::find(config.kv_tiers.begin(), config.kv_tiers.end(), t) != config.kv_tiers.end();
+  };
+  LadderReach reach;
+  reach.host = ladder_has(config, LadderStep::kSpill) && tier(KvTier::kHost);
+  reach.file = ladder_has(config, LadderStep::kFile) && tier(KvTier::kFile);
+  if (ladder_has(config, LadderStep::kRequantise)) reach.floor_type = config.kv_ladder_type;
+  return reach;
+}
+
 // Bytes that each step could free on one device now; 0: the step does not apply, or has done all it
 // can.
 struct LadderGains {

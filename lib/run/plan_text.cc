@@ -42,7 +42,9 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
     case Purpose::kWorkspace:
       return fmt::format("prefill chunk {}", plan.prefill_chunk);
     case Purpose::kStaging:
-      return "while loading";
+      return device.bytes[static_cast<size_t>(Phase::kDecode)][static_cast<size_t>(purpose)] > 0
+                 ? "while loading; moved pages on their way to attention"
+                 : "while loading";
     case Purpose::kRuntime:
       return "threads, token history";
     default:
@@ -91,6 +93,8 @@ std::string Plan::to_json() const {
   add("kv_bytes_per_token", fmt::format("{}", kv_bytes_per_token));
   add("max_context", fmt::format("{}", max_context));
   add("max_context_feasible", fmt::format("{}", max_context_feasible));
+  add("by_ladder", by_ladder ? "true" : "false");
+  add("max_context_resident", fmt::format("{}", max_context_resident));
   add("prefill_chunk", fmt::format("{}", prefill_chunk));
   add("attention_form",
       attention_form == AttentionForm::kExpanded ? "\"expanded\"" : "\"absorbed\"");
@@ -105,13 +109,14 @@ std::string Plan::to_json() const {
                             purposes_json(device, p));
     list += fmt::format(
         "{}    {{\"name\": {}, \"kind\": \"{}\", \"budget_bytes\": {}, \"peak_bytes\": {}, "
-        "\"first_layer\": {}, \"n_layers\": {}, \"kv_page_bytes\": {},\n     "
+        "\"first_layer\": {}, \"n_layers\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {},\n   "
+        "  "
         "\"prefill_seconds\": {:.6g}, \"decode_seconds\": {:.6g},\n     \"purposes\": {},\n     "
         "\"phases\": {{{}}}}}",
         list.empty() ? "" : ",\n", run::json_quote(device.name),
         device.kind == DeviceKind::kCpu ? "cpu" : "cuda", device.budget_bytes, device.peak_bytes(),
-        device.first_layer, device.n_layers, device.kv_page_bytes, device.prefill_seconds,
-        device.decode_seconds, purposes_json(device, -1), phases);
+        device.first_layer, device.n_layers, device.kv_page_bytes, device.kv_moved_bytes,
+        device.prefill_seconds, device.decode_seconds, purposes_json(device, -1), phases);
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
   add("predicted",
@@ -178,6 +183,7 @@ std::string Plan::describe() const {
   out += balance_text(*this);
   if (feasible) {
     out += fmt::format("FITS: {} tokens per session", grouped(max_context));
+    if (by_ladder) out += fmt::format(", by the ladder from {} on", grouped(max_context_resident));
     if (max_context_feasible > max_context)
       out += fmt::format(" ({} would)", grouped(max_context_feasible));
   } else {

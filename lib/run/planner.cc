@@ -6,6 +6,8 @@
 
 #include "../io/tensor_listing.h"
 #include "../nn/forward.h"
+#include "kv_pages.h"
+#include "ladder.h"
 #include "predict.h"
 
 namespace fathom::run {
@@ -64,15 +66,15 @@ int64_t token_history_bytes(int64_t max_tokens) noexcept {
   return max_tokens * static_cast<int64_t>(sizeof(int32_t));
 }
 
-int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices) noexcept {
+int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_tables) noexcept {
   const int64_t pages = (max_tokens + page_tokens - 1) / page_tokens;
-  return pages * n_devices * static_cast<int64_t>(sizeof(KvPage));
+  return pages * n_tables * static_cast<int64_t>(sizeof(KvPage));
 }
 
-int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices,
+int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_tables,
                               int64_t granularity) noexcept {
   return committed_bytes(token_history_bytes(max_tokens), granularity) +
-         committed_bytes(page_table_bytes(max_tokens, page_tokens, n_devices), granularity);
+         committed_bytes(page_table_bytes(max_tokens, page_tokens, n_tables), granularity);
 }
 
 Result<Planner> Planner::open(const EngineState& engine, const std::string& model_path,
@@ -233,16 +235,20 @@ int64_t Planner::budget(const Plan& plan, int device) const {
   return plan.devices[static_cast<size_t>(device)].budget_bytes - others;
 }
 
+int64_t Planner::host_limit(const Plan& plan) const {
+  const auto it = plan.config.budget.find("host");
+  const int64_t asked = it == plan.config.budget.end() ? Ledger::kUnlimited : it->second;
+  return std::min(asked, engine_->ledger.host_budget());
+}
+
 bool Planner::fits(const Plan& plan) const {
-  int64_t host = 0, host_limit = Ledger::kUnlimited;
-  if (const auto it = plan.config.budget.find("host"); it != plan.config.budget.end())
-    host_limit = it->second;
+  int64_t host = 0;
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     const int64_t peak = plan.devices[d].peak_bytes();
     if (peak > budget(plan, static_cast<int>(d))) return false;
     if (plan.devices[d].kind == DeviceKind::kCpu) host += peak;
   }
-  return host <= std::min(host_limit, engine_->ledger.host_budget());
+  return host <= host_limit(plan);
 }
 
 void Planner::set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const {
@@ -267,21 +273,87 @@ void Planner::set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) c
 
 void Planner::set_context(Plan& plan, int64_t n_tokens) const {
   plan.max_context = n_tokens;
+  bool all_host = true;
+  for (const auto& device : engine_->devices) all_host &= device->host_accessible();
+  const TierBytes tiers =
+      tier_bytes(plan.config.kv_tiers, plan.kv_policy, layout_of(plan), all_host);
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
     int64_t runtime = engine_->devices[d]->runtime_bytes();
     if (static_cast<int>(d) == engine_->host_device) {
-      device.session_runtime_bytes =
-          session_runtime_bytes(n_tokens, plan.kv_page_tokens,
-                                static_cast<int64_t>(plan.devices.size()), device.granularity);
+      device.session_runtime_bytes = session_runtime_bytes(
+          n_tokens, plan.kv_page_tokens,
+          static_cast<int64_t>(plan.devices.size()) * tables_per_device(plan.config.kv_tiers),
+          device.granularity);
       runtime += plan.config.sessions_max * device.session_runtime_bytes;
     }
     for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
       auto& bytes = device.bytes[index(phase)];
-      bytes[index(Purpose::kKv)] =
-          plan.config.sessions_max * plan.kv_bytes(static_cast<int>(d), n_tokens);
       bytes[index(Purpose::kRuntime)] = runtime;
+      bytes[index(Purpose::kStaging)] =
+          plan.config.sessions_max * (committed_bytes(tiers.staging, device.granularity) +
+                                      (static_cast<int>(d) == engine_->host_device
+                                           ? committed_bytes(tiers.bounce, device.granularity)
+                                           : 0));
     }
+  }
+  set_cache(plan, n_tokens);
+}
+
+// The cache in full; by the ladder, what the budgets leave for it, but no less than the ladder's
+// floor.
+void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
+  const auto set = [&](size_t d, int64_t bytes) {
+    for (Phase phase : {Phase::kPrefill, Phase::kDecode})
+      plan.devices[d].bytes[index(phase)][index(Purpose::kKv)] = bytes;
+  };
+  const Config& config = plan.config;
+  const LadderReach reach = ladder_reach(config);
+  std::vector<int64_t> full(plan.devices.size()), floor(plan.devices.size());
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    device.kv_moved_bytes = 0;
+    full[d] = config.sessions_max * plan.kv_bytes(static_cast<int>(d), n_tokens);
+    const bool leaves = reach.file || (reach.host && device.kind != DeviceKind::kCpu);
+    const int64_t smallest =
+        leaves ? 0
+        : reach.floor_type
+            ? committed_bytes(layout_of(plan).page_bytes(*reach.floor_type, device.n_layers),
+                              device.granularity)
+            : device.kv_page_bytes;
+    floor[d] = plan.by_ladder
+                   ? config.sessions_max * floor_bytes(plan.kv_policy, n_tokens, plan.prefill_chunk,
+                                                       smallest, device.kv_page_bytes,
+                                                       device.kv_hot_page_bytes)
+                   : full[d];
+    set(d, floor[d]);
+  }
+  if (!plan.by_ladder) return;
+  int64_t to_host = 0;
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    int64_t left = budget(plan, static_cast<int>(d)) - device.total(Phase::kPrefill) + floor[d];
+    if (device.kind == DeviceKind::kCpu) {
+      int64_t host = 0;
+      for (const PlanDevice& other : plan.devices)
+        if (other.kind == DeviceKind::kCpu) host += other.peak_bytes();
+      left = std::min(left, host_limit(plan) - host + floor[d]);
+    }
+    const int64_t held = std::clamp(left / device.granularity * device.granularity, floor[d],
+                                    std::max(full[d], floor[d]));
+    set(d, held);
+    device.kv_moved_bytes = full[d] - held;
+    if (device.kind != DeviceKind::kCpu && reach.host) to_host += device.kv_moved_bytes;
+  }
+  // Without a file, all that leaves other devices must find room on the host.
+  if (to_host > 0) {
+    const auto h = static_cast<size_t>(engine_->host_device);
+    PlanDevice& host = plan.devices[h];
+    const int64_t held = host.bytes[index(Phase::kPrefill)][index(Purpose::kKv)];
+    const int64_t left =
+        std::max<int64_t>(budget(plan, engine_->host_device) - host.total(Phase::kPrefill), 0);
+    set(h, held + (reach.file ? std::min(to_host, left / host.granularity * host.granularity)
+                              : to_host));
   }
 }
 
@@ -298,6 +370,31 @@ int64_t Planner::longest_context(Plan plan, int64_t limit) const {
   return low;
 }
 
+int64_t Planner::choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,
+                              int64_t shortest) const {
+  const Config& config = plan.config;
+  const int64_t most = default_chunk(config, limit);
+  int64_t chunk = config.prefill_chunk.value_or(most);
+  int64_t context = 0;
+  for (;;) {
+    set_scratch(plan, map, chunk);
+    context = longest_context(plan, limit);
+    if (context >= wanted || config.prefill_chunk || chunk <= shortest) break;
+    chunk = std::max<int64_t>(1, chunk / 2);
+  }
+  if (config.prefill_chunk || context >= wanted || config.context_max) return context;
+  // Even the smallest chunk leaves less than was hoped for: take the largest chunk that keeps
+  // nearly all of it.
+  const int64_t best = context;
+  for (int64_t larger = most; larger > chunk; larger /= 2) {
+    set_scratch(plan, map, larger);
+    context = longest_context(plan, limit);
+    if (context >= best - best / 8) return context;
+  }
+  set_scratch(plan, map, chunk);
+  return best;
+}
+
 void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const {
   const Config& config = plan.config;
   const int64_t trained = plan.model.max_position_embeddings;
@@ -306,30 +403,31 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   // chunk, which only costs speed, is made smaller for its sake.
   const int64_t wanted = config.context_max.value_or(std::min<int64_t>(trained, 8192));
 
-  const int64_t most = default_chunk(config, limit);
-  int64_t chunk = config.prefill_chunk.value_or(most);
-  int64_t context = 0;
-  for (;;) {
-    set_scratch(plan, map, chunk);
-    context = longest_context(plan, limit);
-    if (context >= wanted || config.prefill_chunk || chunk == 1) break;
-    chunk = std::max<int64_t>(1, chunk / 2);
+  // Shorter passes only cost speed, but below this the steps of the ladder cost less.
+  constexpr int64_t kShortestBeforeLadder = 64;
+  const LadderReach reach = ladder_reach(config);
+  const bool ladder = reach.file || reach.floor_type ||
+                      (reach.host && std::any_of(plan.devices.begin(), plan.devices.end(),
+                                                 [](const PlanDevice& device) {
+                                                   return device.kind != DeviceKind::kCpu;
+                                                 }));
+  int64_t context = choose_chunk(plan, map, limit, wanted, ladder ? kShortestBeforeLadder : 1);
+  plan.max_context_resident = context;
+  if (ladder && context < limit) {
+    const Plan without = plan;
+    plan.by_ladder = true;
+    const int64_t longer = choose_chunk(plan, map, limit, wanted, 1);
+    if (longer > context)
+      context = longer;
+    else
+      plan = without;
   }
-  if (!config.prefill_chunk && context < wanted && !config.context_max) {
-    // Even the smallest chunk leaves less than was hoped for: take the largest chunk that keeps
-    // nearly all of it.
-    const int64_t best = context;
-    for (chunk = most; chunk > 1; chunk /= 2) {
-      set_scratch(plan, map, chunk);
-      context = longest_context(plan, limit);
-      if (context >= best - best / 8) break;
-    }
-    if (chunk <= 1) set_scratch(plan, map, chunk = 1), context = best;
-  }
+  const int64_t most = default_chunk(config, limit), chunk = plan.prefill_chunk;
   plan.max_context_feasible = context;
   plan.feasible = config.context_max ? context >= limit : context > 0;
   set_context(plan, config.context_max.value_or(plan.feasible ? context : 1));
   if (!plan.feasible) name_what_binds(plan);
+  if (plan.feasible && plan.by_ladder) tell_ladder(plan);
 
   if (!config.prefill_chunk)
     plan.remarks.push_back(fmt::format("prefill.chunk: {} chosen{}", chunk,
@@ -340,6 +438,28 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
             ? fmt::format("context.max: {}, what the model was trained for", context)
             : fmt::format("context.max: {}, what fits (the model was trained for {})", context,
                           trained));
+}
+
+// What is where when the context is full.
+void Planner::tell_ladder(Plan& plan) const {
+  const LadderReach reach = ladder_reach(plan.config);
+  plan.remarks.push_back(fmt::format("kv.ladder: {} tokens fit as they are, {} by the ladder ({})",
+                                     plan.max_context_resident, plan.max_context,
+                                     *plan.config.get("kv.ladder")));
+  for (const PlanDevice& device : plan.devices) {
+    if (device.kv_moved_bytes == 0) continue;
+    std::string where;
+    const auto add = [&](bool applies, std::string text) {
+      if (applies) where += (where.empty() ? "" : ", ") + text;
+    };
+    add(reach.host && device.kind != DeviceKind::kCpu, "to host memory");
+    add(reach.floor_type.has_value(),
+        fmt::format("saved by {} pages", kv_type_name(reach.floor_type.value_or(KvType::kQ8_0))));
+    add(reach.file, fmt::format("to a file in {}", plan.config.kv_spill_folder));
+    plan.remarks.push_back(fmt::format(
+        "{}: at {} tokens {} bytes of the cache stay, {} go {}", device.name, plan.max_context,
+        device.bytes[index(Phase::kDecode)][index(Purpose::kKv)], device.kv_moved_bytes, where));
+  }
 }
 
 void Planner::name_what_binds(Plan& plan) const {
@@ -368,6 +488,8 @@ void Planner::add_alternatives(Plan& plan) const {
   if (config.prefill_chunk && *config.prefill_chunk > 1)
     candidates.push_back({{"prefill.chunk", "auto"}});
   if (config.sessions_max > 1) candidates.push_back({{"sessions.max", "1"}});
+  if (config.kv_tiers.back() != KvTier::kFile && ladder_has(config, LadderStep::kFile))
+    candidates.push_back({{"kv.tiers", *config.get("kv.tiers") + ",file"}});
   for (const char* type : {"q8_0", "q4_0"}) {
     Changes changes{{"kv.type", type}};
     candidates.push_back(changes);

@@ -29,11 +29,11 @@ SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
                                const nn::Weights& weights, LayerSpan layers, int64_t chunk,
                                KvType kv_type, int64_t page_tokens);
 
-// Host bytes of one session beside cache and scratch: token history and the cache's page table.
-int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices,
+// Host bytes of one session beside cache and scratch: token history and the cache's page tables.
+int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_tables,
                               int64_t granularity) noexcept;
 int64_t token_history_bytes(int64_t max_tokens) noexcept;
-int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_devices) noexcept;
+int64_t page_table_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_tables) noexcept;
 
 class Planner {
  public:
@@ -57,6 +57,12 @@ class Planner {
   Result<Plan> plan_once(const Config& config) const;
   Status place_layers(const Config& config, Plan& plan) const;
   void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;
+  // The longest context, at most `limit`, with a chunk that leaves room for it.
+  int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,
+                       int64_t shortest) const;
+  void set_cache(Plan& plan, int64_t n_tokens) const;
+  int64_t host_limit(const Plan& plan) const;
+  void tell_ladder(Plan& plan) const;
   void set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const;
   void set_context(Plan& plan, int64_t n_tokens) const;
   bool fits(const Plan& plan) const;

@@ -47,22 +47,28 @@ Status SessionState::all_logits(const nn::ForwardParams& params, const RunOption
   return {};
 }
 
-Status SessionState::pass(std::span<const int32_t> chunk, AttentionForm form,
-                          const RunControl& control, const RunOptions& options, bool want_logits) {
-  const auto n = static_cast<int64_t>(chunk.size());
+Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest,
+                                   const RunControl& control, const RunOptions& options,
+                                   Decoding decoding) {
   const int64_t capacity = cache.capacity_tokens();
-  FATHOM_TRY(cache.reserve(n_tokens + n));
+  const auto left = static_cast<int64_t>(ids.size());
+  FATHOM_TRY(grow(n_tokens + std::min(left, longest), /*in_passes=*/true));
+  const int64_t n = std::min({left, longest, chunk});
+  const std::span<const int32_t> taken = ids.first(static_cast<size_t>(n));
+  const bool want_logits = n == left;
+  pages_.begin_pass();
   const nn::Sequence sequence{this, 0, n, n_tokens};
-  const nn::ForwardParams params{.config = model.config(),
-                                 .rope = model.state()->rope,
-                                 .weights = *model.state()->weights,
-                                 .stages = stages,
-                                 .tokens = chunk,
-                                 .sequences = {&sequence, 1},
-                                 .form = form,
-                                 .cancelled = RunControl::cancelled,
-                                 .cancelled_arg = const_cast<RunControl*>(&control),
-                                 .trace = trace};
+  const nn::ForwardParams params{
+      .config = model.config(),
+      .rope = model.state()->rope,
+      .weights = *model.state()->weights,
+      .stages = stages,
+      .tokens = taken,
+      .sequences = {&sequence, 1},
+      .form = decoding == Decoding::kYes ? AttentionForm::kAbsorbed : form_of(n),
+      .cancelled = RunControl::cancelled,
+      .cancelled_arg = const_cast<RunControl*>(&control),
+      .trace = trace};
   Status status = nn::forward(params);
   if (status.ok() && options.on_logits) {
     has_logits = false;  // the buffer is being overwritten
@@ -75,9 +81,9 @@ Status SessionState::pass(std::span<const int32_t> chunk, AttentionForm form,
     cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
     return status;
   }
-  append(chunk);
+  append(taken);
   has_logits = want_logits || options.on_logits;
-  return {};
+  return n;
 }
 
 void SessionState::append(std::span<const int32_t> ids) noexcept {
@@ -109,7 +115,10 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
         .policy = plan.kv_policy,
         .layout = {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
         .layers_on_device = {},
-        .max_tokens = max_tokens};
+        .max_tokens = max_tokens,
+        .tiers = plan.config.kv_tiers,
+        .spill_folder = plan.config.kv_spill_folder,
+        .floor_type = run::ladder_reach(plan.config).floor_type};
     for (const PlanDevice& device : plan.devices)
       cache_options.layers_on_device.push_back(device.n_layers);
     FATHOM_TRY_ASSIGN(KVCache cache, KVCache::create(model.engine().state(), cache_options));
@@ -118,28 +127,10 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
     FATHOM_TRY_ASSIGN(state->history, engine.allocate(engine.host_device, Purpose::kRuntime,
                                                       run::token_history_bytes(max_tokens)));
     state->tokens = reinterpret_cast<int32_t*>(state->history.data());
-    for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
-      const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
-      Backend& backend = *engine.devices[static_cast<size_t>(d)];
-      const run::SessionScratch bytes = run::session_scratch(
-          backend, plan.model, *model.state()->weights, {device.first_layer, device.n_layers},
-          plan.prefill_chunk, plan.kv_type, plan.kv_page_tokens);
-      FATHOM_TRY_ASSIGN(auto activations,
-                        engine.allocate(d, Purpose::kActivations, bytes.activations_bytes));
-      FATHOM_TRY_ASSIGN(auto workspace,
-                        engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
-      Arena arena(activations.data(), activations.size_bytes());
-      state->stages.push_back({.device = &backend,
-                               .op = {workspace.data(), workspace.size_bytes()},
-                               .scratch = nn::Scratch::carve(arena, plan.model, plan.prefill_chunk),
-                               .first_layer = device.first_layer,
-                               .n_layers = device.n_layers});
-      state->scratch.push_back(std::move(activations));
-      state->scratch.push_back(std::move(workspace));
-    }
+    FATHOM_TRY(state->take_scratch());
     const int64_t reserve =
         std::max(options.reserve_tokens, std::min(plan.config.context_reserve, max_tokens));
-    FATHOM_TRY(state->cache.reserve(reserve));
+    FATHOM_TRY(state->grow(reserve, /*in_passes=*/false));
     return Session(std::move(state));
   });
 }
@@ -159,15 +150,14 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
       return Status(Code::kContextFull,
                     fmt::format("{} tokens do not fit: the session holds {} of at most {}", total,
                                 s.n_tokens, s.cache.max_tokens()));
-    const int64_t chunk = options.chunk > 0 ? options.chunk : planned;
+    const int64_t longest = options.chunk > 0 ? options.chunk : planned;
     const run::RunControl control(options);
 
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
     for (int64_t done = 0; done < total;) {
-      const int64_t n = std::min(chunk, total - done);
       const double chunk_start = s.seconds();
-      FATHOM_TRY(s.pass(tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(n)),
-                        s.form_of(n), control, options, /*want_logits=*/done + n == total));
+      FATHOM_TRY_ASSIGN(const int64_t n, s.pass(tokens.subspan(static_cast<size_t>(done)), longest,
+                                                control, options, run::Decoding::kNo));
       done += n;
       s.times.prefill_tokens += n;
       s.times.prefill_seconds += s.seconds() - chunk_start;
@@ -187,8 +177,8 @@ Status Session::step(int32_t token) {
                     fmt::format("the session holds {} tokens, its most", s.n_tokens));
     static const RunOptions kNone;
     const double start = s.seconds();
-    FATHOM_TRY(s.pass({&token, 1}, AttentionForm::kAbsorbed, run::RunControl(kNone), kNone,
-                      /*want_logits=*/true));
+    FATHOM_TRY_ASSIGN([[maybe_unused]] const int64_t n,
+                      s.pass({&token, 1}, 1, run::RunControl(kNone), kNone, run::Decoding::kYes));
     ++s.times.decode_tokens;
     s.times.decode_seconds += s.seconds() - start;
     return {};
@@ -225,7 +215,7 @@ Status Session::truncate(int64_t n_tokens) {
 Status Session::reserve(int64_t n_tokens) {
   if (n_tokens < 0)
     return Status(Code::kInvalidArgument, fmt::format("reserve of {} tokens", n_tokens));
-  return run::guarded([&] { return state_->cache.reserve(n_tokens); });
+  return run::guarded([&] { return state_->grow(n_tokens, /*in_passes=*/false); });
 }
 
 const KVCache& Session::cache() const noexcept {

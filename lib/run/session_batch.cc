@@ -18,6 +18,14 @@ SessionState& leader(Sessions sessions) noexcept {
   return sessions.front()->state();
 }
 
+Status check_room(Sessions sessions) {
+  const int64_t most = leader(sessions).chunk;
+  if (static_cast<int64_t>(sessions.size()) <= most) return {};
+  return Status(Code::kInvalidArgument,
+                fmt::format("a batch of {} sessions: the plan's chunk has room for {}",
+                            sessions.size(), most));
+}
+
 Status check_batch(Sessions sessions, std::span<const int32_t> tokens) {
   if (sessions.empty() || sessions.size() != tokens.size())
     return Status(Code::kInvalidArgument, fmt::format("a batch of {} sessions and {} tokens",
@@ -32,11 +40,7 @@ Status check_batch(Sessions sessions, std::span<const int32_t> tokens) {
       return Status(Code::kMismatch,
                     fmt::format("session {} of the batch is of another model than session 0", i));
   }
-  const int64_t most = leader(sessions).model.plan().prefill_chunk;
-  if (static_cast<int64_t>(sessions.size()) > most)
-    return Status(Code::kInvalidArgument,
-                  fmt::format("a batch of {} sessions: the plan's chunk has room for {}",
-                              sessions.size(), most));
+  FATHOM_TRY(check_room(sessions));
   FATHOM_TRY(leader(sessions).check_tokens(tokens));
   for (size_t i = 0; i < sessions.size(); ++i) {
     const SessionState& s = sessions[i]->state();
@@ -101,8 +105,11 @@ Status Session::step_batch(std::span<Session* const> sessions, std::span<const i
     Status status;
     for (size_t i = 0; i < sessions.size() && status.ok(); ++i) {
       run::SessionState& s = *sessions[i]->state_;
-      status = s.cache.reserve(s.n_tokens + 1);
+      status = s.grow(s.n_tokens + 1, /*in_passes=*/false);
+      s.cache.pages().begin_pass();
     }
+    // The ladder may have taken scratch away.
+    if (status.ok()) status = run::check_room(sessions);
     const run::RunControl control(options);
     if (status.ok()) status = run::batch_pass(sessions, tokens, control);
     if (!status.ok()) {

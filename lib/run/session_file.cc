@@ -19,17 +19,16 @@ const KvPage& page_of(const SessionState& s, int stage, int64_t row) noexcept {
   return s.cache.rows(stage, 0, 0, 0).pages[row / s.cache.page_tokens()];
 }
 
-// Calls visit(backend, data, bytes) for all stored bytes of rows [first_row, first_row + n_rows),
-// whose pages all have `type`: layer by layer, latent plane then rope plane, in pieces that do not
-// cross a page.
+// Calls visit(device, page, offset in the page, bytes) for all stored bytes of rows [first_row,
+// first_row + n_rows), whose pages all have `type`: layer by layer, latent plane then rope plane,
+// in pieces that do not cross a page.
 template <class Visit>
 Status each_piece(const SessionState& s, KvType type, int64_t first_row, int64_t n_rows,
                   Visit&& visit) {
   for (int d = 0; d < static_cast<int>(s.stages.size()); ++d)
     for (int64_t slot = 0; slot < s.stages[static_cast<size_t>(d)].n_layers; ++slot)
       for (const bool rope : {false, true}) {
-        const KvRows rows = s.cache.rows(d, slot, first_row, n_rows);
-        const KvLayout& layout = rows.layout;
+        const KvLayout& layout = s.cache.pages().options().layout;
         const int64_t row_bytes =
             rope ? layout.rope_row_bytes(type) : layout.latent_row_bytes(type);
         const int64_t plane =
@@ -37,9 +36,8 @@ Status each_piece(const SessionState& s, KvType type, int64_t first_row, int64_t
         for (int64_t row = first_row; row < first_row + n_rows;) {
           const int64_t in_page = row % layout.page_tokens;
           const int64_t n = std::min(first_row + n_rows - row, layout.page_tokens - in_page);
-          auto* page = static_cast<std::byte*>(rows.pages[row / layout.page_tokens].data);
-          FATHOM_TRY(visit(*s.stages[static_cast<size_t>(d)].device,
-                           page + plane + in_page * row_bytes, n * row_bytes));
+          FATHOM_TRY(
+              visit(d, row / layout.page_tokens, plane + in_page * row_bytes, n * row_bytes));
           row += n;
         }
       }
@@ -67,9 +65,9 @@ SessionFileHeader header_of(const SessionState& s) noexcept {
 
 // Rows of a new session become those of the file, in pages of the type they were saved in.
 Status read_rows(SessionState& s, SessionSource& source, int64_t page, int64_t first_row,
-                 const PageHeader& header) {
+                 int64_t n_tokens, const PageHeader& header) {
   while (s.cache.capacity_tokens() < first_row + header.n_rows)
-    FATHOM_TRY(s.cache.add_page(header.type));
+    FATHOM_TRY(s.restore_page(header.type, n_tokens));
   // With another page size the first row may share a page with rows of another type.
   if (const KvType here = page_of(s, 0, first_row).type; here != header.type)
     return Status(Code::kMismatch,
@@ -79,10 +77,14 @@ Status read_rows(SessionState& s, SessionSource& source, int64_t page, int64_t f
                               kv_type_name(here)))
         .at(static_cast<uint64_t>(source.position()))
         .about("kv.page_tokens");
-  return each_piece(s, header.type, first_row, header.n_rows,
-                    [&](Backend& backend, std::byte* data, int64_t bytes) {
-                      return source.take(backend, data, bytes, "page");
-                    });
+  FATHOM_TRY(each_piece(
+      s, header.type, first_row, header.n_rows,
+      [&](int d, int64_t to, int64_t offset, int64_t bytes) {
+        auto* data = static_cast<std::byte*>(s.cache.rows(d, 0, 0, 0).pages[to].data);
+        return source.take(*s.stages[static_cast<size_t>(d)].device, data + offset, bytes, "page");
+      }));
+  s.cache.commit_rows(first_row + header.n_rows);  // whole pages may be moved now
+  return {};
 }
 
 Status read_pages(SessionState& s, SessionSource& source, const SessionFileHeader& header) {
@@ -93,7 +95,7 @@ Status read_pages(SessionState& s, SessionSource& source, const SessionFileHeade
     FATHOM_TRY(source.end_section("page header"));
     FATHOM_TRY_ASSIGN(const PageHeader in_use,
                       decode_page(bytes, page, header.rows_of_page(page), offset));
-    FATHOM_TRY(read_rows(s, source, page, page * header.page_tokens, in_use));
+    FATHOM_TRY(read_rows(s, source, page, page * header.page_tokens, header.n_tokens, in_use));
     FATHOM_TRY(source.end_section("page"));
   }
   return {};
@@ -136,8 +138,10 @@ Status write_session(const SessionState& s, const WriteFunction& write, const Ru
     FATHOM_TRY(sink.put(encode(in_use)));
     FATHOM_TRY(sink.end_section());
     FATHOM_TRY(each_piece(s, in_use.type, first_row, in_use.n_rows,
-                          [&](Backend& backend, const std::byte* data, int64_t bytes) {
-                            return sink.put(backend, data, bytes);
+                          [&](int d, int64_t from, int64_t offset, int64_t bytes) {
+                            return sink.put(bytes, [&](std::byte* out, int64_t at, int64_t n) {
+                              return s.cache.pages().read(d, from, offset + at, out, n);
+                            });
                           }));
     FATHOM_TRY(sink.end_section());
   }
@@ -191,9 +195,8 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
   FATHOM_TRY(source.finish());
   s.n_tokens = header.n_tokens;
   s.has_logits = header.has_logits;
-  // Before the rows count as written: room to come is no reason to rewrite pages now.
-  FATHOM_TRY(s.cache.reserve(std::max(reserved, header.n_tokens)));
-  s.cache.commit_rows(header.n_tokens);
+  // Room to come is no reason to rewrite pages now.
+  FATHOM_TRY(s.restore_room(std::max(reserved, header.n_tokens), header.n_tokens));
   return session;
 }
 

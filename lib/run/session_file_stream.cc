@@ -42,21 +42,6 @@ Status SessionSink::put(std::span<const std::byte> bytes) {
   return {};
 }
 
-Status SessionSink::put(Backend& backend, const void* data, int64_t bytes) {
-  const auto* from = static_cast<const std::byte*>(data);
-  while (bytes > 0) {
-    if (filled_ == kSessionBufferBytes) FATHOM_TRY(flush());
-    const int64_t n = std::min(bytes, kSessionBufferBytes - filled_);
-    std::byte* to = buffer_.get() + filled_;
-    FATHOM_TRY(backend.download(to, from, n));
-    section_.update({to, static_cast<size_t>(n)});
-    filled_ += n;
-    from += n;
-    bytes -= n;
-  }
-  return {};
-}
-
 Status SessionSink::put_digest(const io::Hash128& hash) {
   const DigestBytes digest = bytes_of(hash);
   whole_.update(digest);

@@ -3,6 +3,7 @@
 // session_file_format.h.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -23,8 +24,20 @@ class SessionSink {
   SessionSink(const WriteFunction& write, const RunControl& control, int64_t total_bytes);
 
   Status put(std::span<const std::byte> bytes);
-  // The same from memory of a device.
-  Status put(Backend& backend, const void* data, int64_t bytes);
+  // The same from read(out, at, n), which fills n bytes from position `at` of what is put.
+  template <class Read>
+  Status put(int64_t bytes, Read&& read) {
+    for (int64_t at = 0; at < bytes;) {
+      if (filled_ == kSessionBufferBytes) FATHOM_TRY(flush());
+      const int64_t n = std::min(bytes - at, kSessionBufferBytes - filled_);
+      std::byte* out = buffer_.get() + filled_;
+      FATHOM_TRY(read(out, at, n));
+      section_.update({out, static_cast<size_t>(n)});
+      filled_ += n;
+      at += n;
+    }
+    return {};
+  }
   // Appends the digest of what was put since the last digest.
   Status end_section();
   // Appends the trailer and hands the rest to the host.

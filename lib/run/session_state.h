@@ -7,19 +7,26 @@
 
 #include "../nn/forward.h"
 #include "fathom/session.hpp"
+#include "kv_pages.h"
 #include "model_state.h"
+#include "planner.h"
 #include "run_control.h"
 
 namespace fathom::run {
 
+// Decoding is absorbed whatever attention.form says of prefill.
+enum class Decoding : bool { kNo, kYes };
+
 class SessionState final : public nn::RowSourceOf {
  public:
-  SessionState(const Model& model, KVCache cache) : model(model), cache(std::move(cache)) {}
+  SessionState(const Model& model, KVCache pages)
+      : model(model), cache(std::move(pages)), pages_(cache.pages()) {}
 
-  // Appends one pass of at most the plan's chunk; all or nothing.  `want_logits`: of the last row,
-  // or of all rows when options.on_logits is set.
-  Status pass(std::span<const int32_t> chunk, AttentionForm form, const RunControl& control,
-              const RunOptions& options, bool want_logits);
+  // Appends one pass, all or nothing: the first of `ids`, at most `longest` and what the scratch
+  // has room for; says how many.  A pass that takes the last of ids computes its logits; those of
+  // all rows when options.on_logits is set.
+  Result<int64_t> pass(std::span<const int32_t> ids, int64_t longest, const RunControl& control,
+                       const RunOptions& options, Decoding decoding);
   // After a pass: the rows it wrote count, and these are their tokens.
   void append(std::span<const int32_t> ids) noexcept;
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
@@ -27,9 +34,30 @@ class SessionState final : public nn::RowSourceOf {
   AttentionForm form_of(int64_t n_tokens) const noexcept;
   double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock
 
+  // ---- memory that ends: session_grow.cc ----
+  // Activations and workspace for the plan's chunk, or for a shorter one where the ladder allows
+  // it.  Errors: kBudget, kMemory, kCallback, with the remedies.
+  Status take_scratch();
+  // Room for n_then tokens in all, by the ladder where it must be; in passes: for the first pass
+  // towards them.  Errors: as KVCache::reserve, with the remedies; where a ladder has ended kBudget
+  // becomes kContextFull.
+  Status grow(int64_t n_then, bool in_passes);
+  // A page of a saved session of n_then tokens, by those steps of the ladder that keep its bits.
+  Status restore_page(KvType type, int64_t n_then);
+  // Room for n_room >= n_then tokens once its pages are there.
+  Status restore_room(int64_t n_room, int64_t n_then);
+  // What each step of the ladder could free on a device towards n_then tokens.
+  LadderGains ladder_gains(int device, int64_t n_then) const;
+  int64_t chunk_gain(int device) const;  // of the next shorter chunk
+
   KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return cache.rows(stage, layer_slot, 0, n_rows);
   }
+  KvRows piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+               int64_t end_row) const noexcept override {
+    return pages_.piece(stage, layer_slot, op, first_row, end_row);
+  }
+  Status status() const noexcept override { return pages_.stream_status(); }
 
   Model model;  // keeps weights and engine alive; outlives the ranges below
   KVCache cache;
@@ -38,6 +66,7 @@ class SessionState final : public nn::RowSourceOf {
   MemoryRange history;  // int32_t [max_tokens]
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;
+  int64_t chunk = 0;  // longest pass that the scratch has room for
   bool has_logits = false;
   SessionTimes times;
   std::vector<Event> events;
@@ -45,6 +74,24 @@ class SessionState final : public nn::RowSourceOf {
 
  private:
   Status all_logits(const nn::ForwardParams& params, const RunOptions& options);
+  SessionScratch scratch_bytes(int device, int64_t n) const;
+  Status try_scratch(int64_t n);
+  void carve_scratch(int64_t n);
+  int64_t shorter_chunk() const noexcept;
+  void lower_chunk();
+  void tell_chunk(int64_t before, int64_t freed);
+  int64_t kv_bytes_of(KvType type) const noexcept;  // per token, all layers
+  void tell(LadderStep step, int64_t bytes, std::string text);
+  Status take_step(LadderStep step, int device, int64_t n_then, int64_t bytes);
+  // Climbs one step that frees memory on the device that refused; false at the end of the ladder.
+  // A step that failed is passed over and told in `trouble`.  Errors: kDevice.
+  Result<bool> climb(const Status& refused, int64_t n_then, int64_t bytes, bool same_bits,
+                     Status& trouble);
+  template <class Take>
+  Status restore_by(Take&& take, int64_t n_then);
+  Status ended(Status refused, int64_t n_then, const Status& trouble) const;
+
+  KvPages& pages_;  // the cache's
 };
 
 }  // namespace fathom::run

@@ -1,0 +1,173 @@
+// KvPages: what stands behind KVCache.  Pages of one session in a reserved address range per
+// device, mapped as rows arrive; moved to host memory or to the spill file and rewritten in smaller
+// types when the ladder asks for it (ladder.h decides, session_grow.cc climbs).
+//
+//   pages of a device:   | first window | in the file | in host memory | on the device |
+//                        0     first_cold_page()  file_end        host_end          n_pages
+//
+// The oldest cold page is always the next one to go down, so two numbers say where every page is.
+// A page keeps its place in every tier, so moving needs no bookkeeping beyond them; in the table
+// its data is null while it is not on the device.  Attention takes moved pages through the staging
+// buffer (kv_stream.cc).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "../io/spill_file.h"
+#include "engine_state.h"
+#include "fathom/kv_cache.hpp"
+#include "ladder.h"
+
+namespace fathom::run {
+
+// Rows of one layer that attention takes at a time from moved pages: large enough to keep a device
+// busy, small enough for a staging buffer.
+inline constexpr int64_t kStreamRows = 1024;
+static_assert(kStreamRows % kKvSplitRows == 0);
+
+constexpr int64_t stream_rows(int64_t page_tokens) noexcept {
+  return page_tokens > kStreamRows ? page_tokens : kStreamRows;
+}
+
+// What the tiers beyond the device cost a session, for plan and allocation alike.
+struct TierBytes {
+  int64_t staging = 0;  // on each device
+  int64_t bounce = 0;   // on the host, once: between the file and devices it cannot write into
+};
+TierBytes tier_bytes(const std::vector<KvTier>& tiers, const KvPolicy& policy,
+                     const KvLayout& layout, bool all_devices_host) noexcept;
+// Tables of pages per device: a second one for what attention is shown of moved pages.
+constexpr int64_t tables_per_device(const std::vector<KvTier>& tiers) noexcept {
+  return tiers.size() > 1 ? 2 : 1;
+}
+
+class KvPages {
+ public:
+  // Reserves addresses, takes tables and staging.  Errors: kBudget, kMemory.
+  static Result<std::unique_ptr<KvPages>> create(std::shared_ptr<EngineState> engine,
+                                                 const KVCacheOptions& options);
+
+  // As the calls of KVCache.
+  Status reserve(int64_t n_tokens);
+  Status add_page(KvType type);
+  void truncate(int64_t n_tokens, int64_t keep_tokens) noexcept;
+  void commit_rows(int64_t n_tokens) noexcept { n_tokens_ = n_tokens; }
+  KvRows rows(int device, int64_t layer_slot, int64_t first_row, int64_t n_rows) const noexcept {
+    return {devices_[static_cast<size_t>(device)].table, options_.layout, layer_slot, first_row,
+            n_rows};
+  }
+  // reserve() without rewriting what leaves the window: for a session that is being restored.
+  Status map(int64_t n_tokens);
+
+  const KVCacheOptions& options() const noexcept { return options_; }
+  int n_devices() const noexcept { return static_cast<int>(devices_.size()); }
+  int64_t n_tokens() const noexcept { return n_tokens_; }
+  int64_t n_pages() const noexcept { return n_pages_; }
+  int64_t size_bytes() const noexcept;  // memory of all devices and the host, not the file
+  // Bytes of pages in a tier, all devices.
+  int64_t bytes_in(KvTier tier) const noexcept;
+  int64_t pages_in(int device, KvTier tier) const noexcept;
+  KvType type_of(int64_t page) const noexcept { return devices_.front().table[page].type; }
+
+  // ---- for the ladder; n_then as in movable_end() ----
+  // Bytes that reserve(n_then) has still to take on a device.
+  int64_t growth_bytes(int device, int64_t n_then) const noexcept;
+  // What kSpill, kRequantise and kFile could free on a device.
+  LadderGains gains(int device, int64_t n_then) const noexcept;
+  // Moves or rewrites the oldest movable pages until `bytes` are free on the device or no page is
+  // left; what was moved before an error stays moved.  `freed` counts what is free now.
+  // Errors: kBudget (the host's), kMemory, kIo, kNotFound, kDevice.
+  struct Moved {
+    int64_t pages = 0, freed = 0;
+    KvType type = KvType::kF16;  // of the last requantised page
+  };
+  Status spill(int device, int64_t n_then, int64_t bytes, Moved& moved);
+  Status to_file(int device, int64_t n_then, int64_t bytes, Moved& moved);
+  // On all devices at once, one type at a time, so that all rows of a page have one type.
+  void requantise(int device, int64_t n_then, int64_t bytes, Moved& moved) noexcept;
+  // The type that the next requantised page will have; none: there is no such page.
+  std::optional<KvType> next_type(int64_t n_then) const noexcept;
+  // Bytes of pages on a device that may move.
+  int64_t movable_bytes(int device, int64_t n_then) const noexcept;
+  // The most tokens to truncate to so that `bytes` become free on a device; 0: even none is not
+  // enough.
+  int64_t tokens_freeing(int device, int64_t bytes) const noexcept;
+
+  // ---- wherever a page is ----
+  // Bytes [offset, offset + bytes) of a page as it would be on the device, inside one layer slot.
+  Status read(int device, int64_t page, int64_t offset, std::byte* out, int64_t bytes) const;
+
+  // ---- for attention: kv_stream.cc ----
+  // As nn::RowSourceOf.
+  KvRows piece(int device, int64_t layer_slot, const OpContext& op, int64_t first_row,
+               int64_t end_row) noexcept;
+  void begin_pass() noexcept { stream_status_ = Status(); }
+  Status stream_status() const noexcept { return stream_status_.clone(); }
+
+ private:
+  struct Device {
+    int index = 0;
+    Backend* backend = nullptr;
+    MemoryRange pages;
+    MemoryRange host_pages;  // reserved where the host tier is another memory
+    MemoryRange staging;
+    int64_t n_layers = 0, first_layer = 0;  // the latter in the file
+    int64_t slot_bytes = 0;                 // from page to page: the largest page in whole commits
+    int64_t host_slot_bytes = 0;            // the same on the host
+    KvPage* table = nullptr;                // [max_pages]
+    KvPage* view = nullptr;  // [max_pages]: what attention sees of a piece of moved pages
+    int64_t file_end = 0, host_end = 0;
+    bool has_host_tier() const noexcept { return host_pages.reserved_bytes() > 0; }
+  };
+
+  bool has_tier(KvTier tier) const noexcept;
+  int64_t page_bytes(const Device&, KvType) const noexcept;
+  int64_t host_page_bytes(const Device&, KvType) const noexcept;
+  int64_t first_moved() const noexcept { return options_.policy.first_cold_page(); }
+  std::byte* host_page(const Device& d, int64_t page) const noexcept {
+    return d.host_pages.data() + page * d.host_slot_bytes;
+  }
+  int64_t file_offset(const Device&, int64_t layer_slot, int64_t page) const noexcept;
+
+  Status map_page(Device&, int64_t page, KvType);
+  Status map_next(KvType type);
+  void unmap_page(Device&, int64_t page) noexcept;
+  void drop_page(Device&, int64_t page) noexcept;  // wherever it is
+  void convert_page(Device&, int64_t page, KvType) noexcept;
+  void settle(int64_t n_tokens_then) noexcept;
+  Status bring_back(Device&, int64_t page);
+  Status make_writable();
+  int64_t movable(int64_t n_then) const noexcept {
+    return movable_end(options_.policy, n_tokens_, n_then);
+  }
+  int64_t first_resident() const noexcept;  // on all devices, beyond the first window
+  // The spill file; on simulated devices nothing is in it and nothing is moved.
+  Status open_file();
+  Status file_write(int64_t offset, const std::byte* data, int64_t bytes) const noexcept;
+  Status file_read(int64_t offset, std::byte* out, int64_t bytes) const noexcept;
+  Status device_to_host(Device&, int64_t page);
+  Status device_to_file(Device&, int64_t page);
+  Status host_to_file(Device&, int64_t page);
+  // Layer by layer between the file and a device, through the bounce buffer where it must.
+  Status write_layer(Device&, int64_t slot, int64_t page, const std::byte* device_data,
+                     int64_t bytes);
+  Status read_layer(Device&, int64_t slot, int64_t page, std::byte* device_data, int64_t bytes);
+  bool stream_in(Device&, int64_t layer_slot, int64_t first_page, int64_t end_page);
+  void read_ahead(const Device&, int64_t layer_slot, int64_t first_page, int64_t end_page) noexcept;
+
+  std::shared_ptr<EngineState> engine_;  // outlives the ranges below
+  KVCacheOptions options_;
+  int64_t max_pages_ = 0;
+  int64_t layer_stride_ = 0;  // bytes of a layer slot in the file and in the staging buffer
+  std::vector<Device> devices_;
+  MemoryRange tables_, bounce_;
+  io::SpillFile file_;
+  Status stream_status_;
+  int64_t n_tokens_ = 0;
+  int64_t n_pages_ = 0;    // in some tier on every device
+  int64_t n_settled_ = 0;  // pages below are in their final type
+};
+
+}  // namespace fathom::run

@@ -1,0 +1,319 @@
+// Room for a session's next rows: the ladder is climbed when memory ends, and when it has ended the
+// session says what would help.  Decisions: ladder.h; pages: kv_pages.h.
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "ladder.h"
+#include "planner.h"
+#include "session_state.h"
+
+namespace fathom::run {
+namespace {
+
+// Shorter passes than these save little: from here on scratch is what one token needs.
+constexpr int64_t kShortestChunk = nn::kAbsorbedRows;
+
+// Refusals that free memory cures.
+bool is_of_memory(const Status& status) noexcept {
+  return status.device() >= 0 &&
+         (status.code() == Code::kBudget || status.code() == Code::kMemory ||
+          status.code() == Code::kCallback);
+}
+
+const char* event_kind(LadderStep step) noexcept {
+  switch (step) {
+    case LadderStep::kChunk:
+      return "chunk_lowered";
+    case LadderStep::kSpill:
+      return "spilled";
+    case LadderStep::kRequantise:
+      return "requantised";
+    case LadderStep::kFile:
+      return "spilled_to_file";
+  }
+  return "";
+}
+
+}  // namespace
+
+SessionScratch SessionState::scratch_bytes(int device, int64_t n) const {
+  const Plan& plan = model.plan();
+  const PlanDevice& d = plan.devices[static_cast<size_t>(device)];
+  return session_scratch(*model.engine().state()->devices[static_cast<size_t>(device)], plan.model,
+                         *model.state()->weights, {d.first_layer, d.n_layers}, n, plan.kv_type,
+                         plan.kv_page_tokens);
+}
+
+Status SessionState::try_scratch(int64_t n) {
+  EngineState& engine = *model.engine().state();
+  std::vector<MemoryRange> ranges;
+  for (int d = 0; d < static_cast<int>(model.plan().devices.size()); ++d) {
+    const SessionScratch bytes = scratch_bytes(d, n);
+    FATHOM_TRY_ASSIGN(auto activations,
+                      engine.allocate(d, Purpose::kActivations, bytes.activations_bytes));
+    FATHOM_TRY_ASSIGN(auto workspace,
+                      engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
+    ranges.push_back(std::move(activations));
+    ranges.push_back(std::move(workspace));
+  }
+  scratch = std::move(ranges);
+  return {};
+}
+
+// The last logits lie first and stay where they are.
+void SessionState::carve_scratch(int64_t n) {
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const MemoryRange &activations = scratch[2 * i], &workspace = scratch[2 * i + 1];
+    Arena arena(activations.data(), activations.size_bytes());
+    stages[i].scratch = nn::Scratch::carve(arena, model.plan().model, n);
+    stages[i].op = {workspace.data(), workspace.size_bytes()};
+  }
+  chunk = n;
+}
+
+Status SessionState::take_scratch() {
+  const Plan& plan = model.plan();
+  const bool may_lower = ladder_has(plan.config, LadderStep::kChunk);
+  chunk = plan.prefill_chunk;
+  Status refused = try_scratch(chunk);
+  while (is_of_memory(refused) && may_lower && shorter_chunk() < chunk) {
+    chunk = shorter_chunk();
+    refused = try_scratch(chunk);
+  }
+  if (!refused.ok()) {
+    const int64_t missing = refused.bytes_needed() - refused.bytes_available();
+    const int64_t shorter = std::max(chunk / 4, int64_t{1});
+    if (refused.device() < 0 || missing <= 0) return refused;
+    const SessionScratch now = scratch_bytes(refused.device(), chunk);
+    const SessionScratch then = scratch_bytes(refused.device(), shorter);
+    return Status(
+               refused.code(),
+               fmt::format("{}. Helps: [1] prefill.chunk={} takes {} bytes less; [2] budget.{} +{} "
+                           "bytes; [3] ending another session",
+                           refused.message(), shorter,
+                           now.activations_bytes + now.workspace_bytes - then.activations_bytes -
+                               then.workspace_bytes,
+                           plan.devices[static_cast<size_t>(refused.device())].name, missing))
+        .on_device(refused.device())
+        .about(refused.key())
+        .bytes(refused.bytes_needed(), refused.bytes_available());
+  }
+  for (size_t d = 0; d < plan.devices.size(); ++d)
+    stages.push_back({.device = model.engine().state()->devices[d].get(),
+                      .op = {},
+                      .scratch = {},
+                      .first_layer = plan.devices[d].first_layer,
+                      .n_layers = plan.devices[d].n_layers});
+  carve_scratch(chunk);
+  if (chunk < plan.prefill_chunk) tell_chunk(plan.prefill_chunk, 0);
+  return {};
+}
+
+int64_t SessionState::shorter_chunk() const noexcept {
+  if (model.plan().config.prefill_chunk) return chunk;  // pinned
+  return std::min(chunk, std::max(chunk / 2, kShortestChunk));
+}
+
+int64_t SessionState::chunk_gain(int device) const {
+  const int64_t shorter = shorter_chunk();
+  if (shorter == chunk) return 0;
+  const auto stage = static_cast<size_t>(device);
+  const int64_t granularity = stages[stage].device->granularity();
+  const SessionScratch bytes = scratch_bytes(device, shorter);
+  return scratch[2 * stage].size_bytes() + scratch[2 * stage + 1].size_bytes() -
+         committed_bytes(bytes.activations_bytes, granularity) -
+         committed_bytes(bytes.workspace_bytes, granularity);
+}
+
+void SessionState::lower_chunk() {
+  const int64_t shorter = shorter_chunk();
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const SessionScratch bytes = scratch_bytes(static_cast<int>(i), shorter);
+    const auto shrink = [&](MemoryRange& range, int64_t wanted) {
+      const int64_t keep = committed_bytes(wanted, stages[i].device->granularity());
+      if (keep < range.size_bytes()) range.decommit(keep, range.size_bytes() - keep);
+    };
+    shrink(scratch[2 * i], bytes.activations_bytes);
+    shrink(scratch[2 * i + 1], bytes.workspace_bytes);
+  }
+  carve_scratch(shorter);
+}
+
+void SessionState::tell_chunk(int64_t before, int64_t freed) {
+  tell(LadderStep::kChunk, freed,
+       fmt::format(
+           "prefill in passes of {} tokens instead of {}; a long prompt reads the weights {} "
+           "times as often",
+           chunk, before, before / chunk));
+}
+
+LadderGains SessionState::ladder_gains(int device, int64_t n_then) const {
+  LadderGains gains = cache.pages().gains(device, n_then);
+  gains[LadderStep::kChunk] = chunk_gain(device);
+  return gains;
+}
+
+// A run of the same step is one event, which grows.
+void SessionState::tell(LadderStep step, int64_t bytes, std::string text) {
+  const char* kind = event_kind(step);
+  if (!events.empty() && events.back().kind == kind) {
+    events.back().bytes += bytes;
+    events.back().text = std::move(text);
+    return;
+  }
+  model.engine().state()->log(LogLevel::kWarn,
+                              fmt::format("{} at token {}: {}", kind, n_tokens, text));
+  events.push_back({.kind = kind, .text = std::move(text), .position = n_tokens, .bytes = bytes});
+}
+
+Status SessionState::take_step(LadderStep step, int device, int64_t n_then, int64_t bytes) {
+  KvPages& pages = cache.pages();
+  const int64_t page_tokens = cache.page_tokens();
+  KvPages::Moved moved;
+  Status status;
+  switch (step) {
+    case LadderStep::kChunk: {
+      const int64_t before = chunk, freed = chunk_gain(device);
+      lower_chunk();
+      tell_chunk(before, freed);
+      return {};
+    }
+    case LadderStep::kSpill:
+      status = pages.spill(device, n_then, bytes, moved);
+      break;
+    case LadderStep::kRequantise:
+      pages.requantise(device, n_then, bytes, moved);
+      break;
+    case LadderStep::kFile:
+      status = pages.to_file(device, n_then, bytes, moved);
+      break;
+  }
+  if (moved.pages == 0) return status;
+  if (step == LadderStep::kRequantise)
+    tell(
+        step, moved.freed,
+        fmt::format("cold pages rewritten up to token {}, the last {} in {}; no slower, less exact",
+                    n_tokens, moved.pages, kv_type_name(moved.type)));
+  else
+    tell(
+        step, moved.freed,
+        step == LadderStep::kSpill
+            ? fmt::format("{} cold tokens are in host memory; every pass moves {} bytes to {}",
+                          pages.pages_in(device, KvTier::kHost) * page_tokens,
+                          pages.bytes_in(KvTier::kHost),
+                          stages[static_cast<size_t>(device)].device->name())
+            : fmt::format("{} cold tokens are in the spill file; every pass reads {} bytes from it",
+                          pages.pages_in(device, KvTier::kFile) * page_tokens,
+                          pages.bytes_in(KvTier::kFile)));
+  return status;
+}
+
+Result<bool> SessionState::climb(const Status& refused, int64_t n_then, int64_t bytes,
+                                 bool same_bits, Status& trouble) {
+  const int device = refused.device();
+  std::vector<LadderStep> ladder = model.plan().config.kv_ladder;
+  if (same_bits) std::erase(ladder, LadderStep::kRequantise);
+  for (;;) {
+    const std::optional<LadderStep> step = next_step(ladder, ladder_gains(device, n_then));
+    if (!step) return false;
+    Status status = take_step(*step, device, n_then, bytes);
+    if (status.ok()) return true;
+    if (status.code() == Code::kDevice) return status;
+    trouble = std::move(status);  // a full disk, say: the next step may still help
+    std::erase(ladder, *step);
+  }
+}
+
+Status SessionState::grow(int64_t n_then, bool in_passes) {
+  Status trouble;
+  for (;;) {
+    if (in_passes) n_then = std::min(n_then, n_tokens + chunk);
+    Status refused = cache.reserve(n_then);
+    if (refused.ok() || !is_of_memory(refused)) return refused;
+    if (model.plan().config.kv_ladder.empty()) return ended(std::move(refused), n_then, trouble);
+    const int64_t growth = cache.pages().growth_bytes(refused.device(), n_then);
+    const int64_t free = refused.code() == Code::kBudget
+                             ? model.engine().state()->ledger.available(refused.device())
+                             : 0;
+    FATHOM_TRY_ASSIGN(const bool climbed,
+                      climb(refused, n_then, std::max<int64_t>(growth - free, 1),
+                            /*same_bits=*/false, trouble));
+    if (!climbed) return ended(std::move(refused), n_then, trouble);
+  }
+}
+
+template <class Take>
+Status SessionState::restore_by(Take&& take, int64_t n_then) {
+  Status trouble;
+  for (;;) {
+    Status refused = take();
+    if (refused.ok() || !is_of_memory(refused) || model.plan().config.kv_ladder.empty())
+      return refused;
+    FATHOM_TRY_ASSIGN(const bool climbed, climb(refused, n_then, refused.bytes_needed(),
+                                                /*same_bits=*/true, trouble));
+    if (!climbed) return refused;
+  }
+}
+
+Status SessionState::restore_page(KvType type, int64_t n_then) {
+  return restore_by([&] { return cache.add_page(type); }, n_then);
+}
+
+Status SessionState::restore_room(int64_t n_room, int64_t n_then) {
+  return restore_by([&] { return cache.pages().map(n_room); }, n_then);
+}
+
+// What would have made room, by what it costs: speed or exactness, text, memory.
+Status SessionState::ended(Status refused, int64_t n_then, const Status& trouble) const {
+  const Config& config = model.plan().config;
+  const int device = refused.device();
+  const KvPages& pages = cache.pages();
+  const LadderGains gains = ladder_gains(device, n_then);
+  const auto climbs = [&](LadderStep step) { return ladder_has(config, step); };
+  std::vector<std::string> remedies;
+  const int64_t movable = pages.movable_bytes(device, n_then);
+  if (!climbs(LadderStep::kChunk) && gains[LadderStep::kChunk] > 0)
+    remedies.push_back(
+        fmt::format("kv.ladder with chunk frees {} bytes of scratch", gains[LadderStep::kChunk]));
+  else if (!climbs(LadderStep::kFile) && gains[LadderStep::kFile] > 0)
+    remedies.push_back(
+        fmt::format("kv.ladder with file moves {} bytes of pages out", gains[LadderStep::kFile]));
+  else if (pages.options().tiers.back() != KvTier::kFile && movable > 0)
+    remedies.push_back(fmt::format("kv.tiers={},file lets {} bytes of pages leave memory",
+                                   pages.options().tiers.size() > 1 ? "device,host" : "device",
+                                   movable));
+  else if (!climbs(LadderStep::kRequantise) &&
+           config.kv_type.value_or(KvType::kF16) <= KvType::kF16)
+    remedies.push_back(
+        fmt::format("kv.ladder with requantise, or kv.type=q8_0, takes {} instead of "
+                    "{} bytes per token",
+                    kv_bytes_of(KvType::kQ8_0), model.plan().kv_bytes_per_token));
+  const int64_t missing = std::max<int64_t>(refused.bytes_needed() - refused.bytes_available(), 0);
+  if (const int64_t keep = pages.tokens_freeing(device, missing); keep > 0)
+    remedies.push_back(fmt::format("truncate to {} tokens", keep));
+  if (missing > 0)
+    remedies.push_back(fmt::format("budget.{} +{} bytes",
+                                   stages[static_cast<size_t>(device)].device->name(), missing));
+
+  const bool climbed = !config.kv_ladder.empty();
+  std::string text =
+      climbed ? fmt::format("memory and ladder end at {} tokens: {}", n_tokens, refused.message())
+              : std::string(refused.message());
+  if (!trouble.ok()) text += fmt::format(" ({})", trouble.message());
+  for (size_t i = 0; i < remedies.size(); ++i)
+    text += fmt::format("{}[{}] {}", i == 0 ? ". Helps: " : "; ", i + 1, remedies[i]);
+  return Status(climbed && refused.code() == Code::kBudget ? Code::kContextFull : refused.code(),
+                text)
+      .on_device(device)
+      .about(refused.key())
+      .bytes(refused.bytes_needed(), refused.bytes_available());
+}
+
+int64_t SessionState::kv_bytes_of(KvType type) const noexcept {
+  const KvLayout& layout = cache.pages().options().layout;
+  return model.config().num_hidden_layers *
+         (layout.latent_row_bytes(type) + layout.rope_row_bytes(type));
+}
+
+}  // namespace fathom::run
