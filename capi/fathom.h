@@ -138,6 +138,18 @@ typedef int32_t fathom_token; /* 0 .. n_vocab - 1 */
 #define FATHOM_CAT_TOKENIZER 6   /* vocabulary and merges */
 #define FATHOM_CAT_RUNTIME 7     /* thread stacks, device contexts, token history */
 
+/* Bytes of one category on one device. */
+typedef struct fathom_memory_item {
+  uint32_t struct_size;
+  int32_t device;
+  int32_t category; /* FATHOM_CAT_* */
+  uint32_t reserved;
+  uint64_t bytes_now;
+  uint64_t bytes_peak;    /* since the engine was made */
+  uint64_t bytes_planned; /* what the plan in force says at most; 0 without one */
+  uint64_t bytes_budget;  /* of the whole device */
+} fathom_memory_item;
+
 /* ---- 1. library ------------------------------------------------------------------------------- */
 
 /* Version of the library: major << 16 | minor << 8 | patch.  Since 0.1. */
@@ -336,17 +348,35 @@ typedef int32_t(FATHOM_CALL *fathom_progress_fn)(void *user, int32_t phase, uint
 typedef int32_t(FATHOM_CALL *fathom_logits_fn)(void *user, uint64_t position, const float *logits,
                                                uint64_t n_vocab);
 
+/* What a session and its engine hold after one prefill pass or one generated token. */
+typedef struct fathom_step {
+  uint32_t struct_size;
+  int32_t phase;     /* FATHOM_PHASE_PREFILL or FATHOM_PHASE_GENERATE */
+  uint64_t n_new;    /* tokens of this pass */
+  uint64_t n_tokens; /* in the session */
+  uint64_t bytes_kv; /* of this session's cache, all devices */
+  double ms;         /* that the pass took */
+  uint64_t n_items;
+  const fathom_memory_item *items; /* [n_items], one every items->struct_size bytes: every category
+                                      of every device, by device */
+} fathom_step;
+
+/* After each pass and each token; step is valid during the callback.  Non-zero stops: generate with
+ * FATHOM_STOP_CALLBACK, the others with E_CALLBACK; what is done is kept. */
+typedef int32_t(FATHOM_CALL *fathom_step_fn)(void *user, const fathom_step *step);
+
 /* Taken by every long call; NULL: defaults. */
 typedef struct fathom_run {
   uint32_t struct_size;
   uint32_t flags; /* none yet: 0 */
-  void *user;     /* first argument of both callbacks */
+  void *user;     /* first argument of the callbacks */
   fathom_progress_fn progress;
   fathom_logits_fn on_logits; /* prefill: gets every position, in order; NULL: only the last
                                  position's logits are computed */
   fathom_cancel *cancel;
   uint64_t deadline_ms; /* from now; the call then stops as if cancelled; 0: none */
   uint64_t chunk;       /* prefill: tokens per pass, at most the plan's; 0: the plan's */
+  fathom_step_fn on_step; /* prefill, generate, step_batch for each session; may be NULL */
 } fathom_run;
 
 typedef struct fathom_model_info {
@@ -633,22 +663,58 @@ FATHOM_API int32_t FATHOM_CALL fathom_session_restore_io(fathom_model *model, fa
 FATHOM_API void FATHOM_CALL fathom_session_free(fathom_session *s);
 
 /* ---- 10. memory, as it is now ---------------------------------------------------------------------------- */
-typedef struct fathom_memory_item {
-  uint32_t struct_size;
-  int32_t device;
-  int32_t category; /* FATHOM_CAT_* */
-  uint32_t reserved;
-  uint64_t bytes_now;
-  uint64_t bytes_peak;    /* since the engine was made */
-  uint64_t bytes_planned; /* what the plan in force says at most; 0 without one */
-  uint64_t bytes_budget;  /* of the whole device */
-} fathom_memory_item;
-
 /* A consistent picture of one moment: every category of every device, by device.
  * items   [cap]; struct_size is read from the first and is the stride of the array.  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_memory_snapshot(const fathom_engine *eng,
                                                       fathom_memory_item *items, uint64_t cap,
                                                       uint64_t *n, fathom_error *err);
+
+#define FATHOM_THEN_FULL 0       /* the session is full, unless its context ends first */
+#define FATHOM_THEN_CHUNK 1      /* steps of "kv.ladder": prefill passes become shorter, */
+#define FATHOM_THEN_SPILL 2      /* cold pages move to host memory, */
+#define FATHOM_THEN_REQUANTISE 3 /* are rewritten in a smaller type, */
+#define FATHOM_THEN_FILE 4       /* move to the spill file */
+
+/* Where one budget ends for one session. */
+typedef struct fathom_budget_forecast {
+  uint32_t struct_size;
+  int32_t device; /* -1: the sum of the devices whose memory is the host's */
+  uint64_t bytes_budget;
+  uint64_t bytes_now;    /* held under it, by all */
+  uint64_t n_tokens_end; /* the most tokens the session can hold under it, growing token by token
+                            while nobody else takes or gives back memory */
+  int32_t then;          /* FATHOM_THEN_*: what happens at the next token */
+  uint32_t reserved;
+  char name[64]; /* "cpu", "cuda:0", "host" */
+} fathom_budget_forecast;
+
+/* The token at which each budget ends: of every device, then the host's sum.
+ * items          [cap]; struct_size is read from the first and is the stride of the array
+ * n_tokens_end   may be NULL: the least of all budgets and of the session's max_tokens.
+ * Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_session_forecast(const fathom_session *s,
+                                                       fathom_budget_forecast *items, uint64_t cap,
+                                                       uint64_t *n, uint64_t *n_tokens_end,
+                                                       fathom_error *err);
+
+/* Records what the memory of an engine does from now on: per device at most max_points states, of
+ * which none is invented and no extreme is lost however long it takes.  0: 2000, the most.  The
+ * recorder's memory, some 180 KiB per device, is counted as FATHOM_CAT_RUNTIME.
+ * E_ARGUMENT, E_STATE (one runs already), E_BUDGET.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_timeline_start(fathom_engine *eng, uint64_t max_points,
+                                                     fathom_error *err);
+
+/* Writes what was recorded until now; recording goes on.  The file is written beside its place and
+ * renamed.
+ * format   "json", "csv", "svg", "html" (one page that needs nothing else); NULL: by the path's
+ *          suffix
+ * E_ARGUMENT (format; a link, folder or device stands there), E_STATE (no recorder), E_NOT_FOUND (no
+ * such folder), E_IO.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_timeline_write(const fathom_engine *eng, const char *path,
+                                                     const char *format, fathom_error *err);
+
+/* Forgets what was recorded and gives its memory back.  E_STATE: no recorder.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_timeline_stop(fathom_engine *eng, fathom_error *err);
 
 #ifdef __cplusplus
 }

@@ -153,6 +153,9 @@ struct RunArguments {
 };
 Result<RunArguments> to_run(const fathom_run* run);
 
+fathom_memory_item to_item(const MemorySnapshot& snapshot, const MemoryItem& item);
+StepFunction to_step(fathom_step_fn on_step, void* user);
+
 Result<SessionOptions> to_session(const fathom_session_params* params);
 Result<SamplingOptions> to_sampling(const fathom_sampler_params* params);
 

@@ -255,35 +255,3 @@ void fathom_cancel_reset(fathom_cancel* c) {
 void fathom_cancel_free(fathom_cancel* c) {
   free_handle(c);
 }
-
-// ---- memory ----
-
-int32_t fathom_memory_snapshot(const fathom_engine* eng, fathom_memory_item* items, uint64_t cap,
-                               uint64_t* n, fathom_error* err) {
-  return call(err, [&]() -> Status {
-    FATHOM_TRY(check_handle(eng, "eng"));
-    if (n == nullptr) return null_argument("n");
-    if (items == nullptr && cap > 0) return null_argument("items");
-    if (items != nullptr && cap > 0) FATHOM_TRY(check_out(items, "items"));
-    const MemorySnapshot snapshot = eng->engine.memory();
-    *n = snapshot.items.size();
-    if (items == nullptr) return {};
-    if (cap < *n) return too_small(*n, cap);
-    const uint32_t stride = items->struct_size;
-    char* at = reinterpret_cast<char*>(items);
-    for (const MemoryItem& item : snapshot.items) {
-      fathom_memory_item out{};
-      out.device = item.device;
-      out.category = static_cast<int32_t>(item.purpose);
-      out.bytes_now = static_cast<uint64_t>(item.bytes_now);
-      out.bytes_peak = static_cast<uint64_t>(item.bytes_peak);
-      out.bytes_planned = static_cast<uint64_t>(item.bytes_planned);
-      out.bytes_budget =
-          static_cast<uint64_t>(snapshot.devices[static_cast<size_t>(item.device)].budget_bytes);
-      std::memcpy(at, &stride, sizeof stride);
-      to_caller(out, reinterpret_cast<fathom_memory_item*>(at));
-      at += stride;
-    }
-    return {};
-  });
-}

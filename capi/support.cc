@@ -223,6 +223,7 @@ Result<RunArguments> to_run(const fathom_run* run) {
                0;
       });
     };
+  if (r.on_step != nullptr) out.options.on_step = to_step(r.on_step, r.user);
   return out;
 }
 

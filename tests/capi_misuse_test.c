@@ -173,6 +173,13 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("eng", fathom_memory_snapshot(NULL, items, 8, &len, err));
   CHECK_NULL("items", fathom_memory_snapshot(f->engine, NULL, 8, &len, err));
   CHECK_NULL("n", fathom_memory_snapshot(f->engine, items, 8, NULL, err));
+  CHECK_NULL("s", fathom_session_forecast(NULL, NULL, 0, &len, NULL, err));
+  CHECK_NULL("n", fathom_session_forecast(f->session, NULL, 0, NULL, NULL, err));
+  CHECK_NULL("items", fathom_session_forecast(f->session, NULL, 1, &len, NULL, err));
+  CHECK_NULL("eng", fathom_timeline_start(NULL, 0, err));
+  CHECK_NULL("eng", fathom_timeline_write(NULL, "x.svg", NULL, err));
+  CHECK_NULL("path", fathom_timeline_write(f->engine, NULL, "svg", err));
+  CHECK_NULL("eng", fathom_timeline_stop(NULL, err));
   EXPECT_OK(fathom_session_truncate(f->session, 0, err));
 
   /* No error struct at all is fine. */
@@ -422,6 +429,9 @@ static int32_t try_all(void* user, int32_t phase, uint64_t done, uint64_t total)
   EXPECT_CODE(FATHOM_E_BUSY, fathom_engine_device(f->engine, 0, &device, NULL, err));
   EXPECT_CODE(FATHOM_E_BUSY, fathom_engine_set_budget(f->engine, 0, 1, err));
   EXPECT_CODE(FATHOM_E_BUSY, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_timeline_start(f->engine, 0, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_timeline_write(f->engine, "x.svg", NULL, err));
+  EXPECT_CODE(FATHOM_E_BUSY, fathom_timeline_stop(f->engine, err));
   EXPECT_CODE(FATHOM_E_BUSY, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
   EXPECT_CODE(FATHOM_E_BUSY, fathom_sampler_reset(in->sampler, 1, err));
   EXPECT_CODE(FATHOM_E_BUSY, fathom_config_create(&config, err));
@@ -536,6 +546,9 @@ static void test_fork(const Fixture* f) {
     EXPECT_CODE(FATHOM_E_FORKED,
                 fathom_plan_create(f->engine, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));
     EXPECT_CODE(FATHOM_E_FORKED, fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_timeline_start(f->engine, 0, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_timeline_write(f->engine, "x.svg", NULL, err));
+    EXPECT_CODE(FATHOM_E_FORKED, fathom_timeline_stop(f->engine, err));
     EXPECT_CODE(FATHOM_E_FORKED, fathom_tokenize(f->tokenizer, "a", 1, 0, NULL, 0, &n, err));
     EXPECT_CODE(FATHOM_E_FORKED, fathom_config_set(config, "threads", "1", err));
     EXPECT_CODE(FATHOM_E_FORKED, fathom_sampler_reset(sampler, 1, err));

@@ -596,6 +596,127 @@ static void test_memory(const Fixture* f) {
            newer[i].item.bytes_peak == items[i].bytes_peak);
 }
 
+/* Steps seen by on_step, and what each said. */
+typedef struct StepLog {
+  int n_prefill, n_generate, stop_after;
+  uint64_t n_new, last_tokens, bytes_now;
+} StepLog;
+
+static int32_t FATHOM_CALL log_step(void* user, const fathom_step* step) {
+  StepLog* log = (StepLog*)user;
+  uint64_t i;
+  EXPECT(step->struct_size == sizeof *step && step->n_items == 8 && step->ms >= 0);
+  EXPECT(step->bytes_kv > 0);
+  log->bytes_now = 0;
+  for (i = 0; i < step->n_items; ++i) {
+    const fathom_memory_item* item =
+        (const fathom_memory_item*)((const char*)step->items + i * step->items->struct_size);
+    EXPECT(item->category == (int32_t)i && item->bytes_budget > 0);
+    log->bytes_now += item->bytes_now;
+  }
+  if (step->phase == FATHOM_PHASE_PREFILL)
+    ++log->n_prefill;
+  else
+    ++log->n_generate;
+  log->n_new += step->n_new;
+  log->last_tokens = step->n_tokens;
+  return log->n_prefill + log->n_generate == log->stop_after;
+}
+
+static void test_steps(const Fixture* f) {
+  fathom_error error = {.struct_size = sizeof error}, *err = &error;
+  StepLog log = {0, 0, 0, 0, 0, 0};
+  fathom_run run = {.struct_size = sizeof run, .user = &log, .on_step = log_step};
+  fathom_generate_params params = {
+      .struct_size = sizeof params, .max_new_tokens = 9, .flags = FATHOM_GENERATE_IGNORE_EOS};
+  fathom_generate_result result = {.struct_size = sizeof result};
+  fathom_memory_item items[8];
+  fathom_token ids[40] = {0};
+  uint64_t n, now = 0;
+  int i;
+  fathom_session* session = NULL;
+  EXPECT_OK(fathom_session_create(f->model, NULL, &session, err));
+  EXPECT_OK(fathom_session_prefill(session, ids, 40, &run, err));
+  EXPECT(log.n_prefill == 3 && log.n_new == 40 && log.last_tokens == 40); /* chunks of 16 */
+  EXPECT_OK(fathom_session_generate(session, NULL, &params, &run, &result, err));
+  EXPECT(log.n_generate == 9 && log.n_new == 49 && log.last_tokens == 49);
+  memset(items, 0, sizeof items);
+  items[0].struct_size = sizeof items[0];
+  EXPECT_OK(fathom_memory_snapshot(f->engine, items, 8, &n, err));
+  for (i = 0; i < 8; ++i) now += items[i].bytes_now;
+  EXPECT(now == log.bytes_now); /* the last report is what is held now */
+
+  log.stop_after = 14;
+  EXPECT_OK(fathom_session_generate(session, NULL, &params, &run, &result, err));
+  EXPECT(result.stop_reason == FATHOM_STOP_CALLBACK && result.n_new_tokens == 2);
+  log.stop_after = 15;
+  EXPECT_CODE(FATHOM_E_CALLBACK, fathom_session_prefill(session, ids, 40, &run, err));
+  EXPECT(log.last_tokens == 51 + 16);
+  fathom_session_free(session);
+}
+
+static void test_forecast(const Fixture* f) {
+  fathom_error error = {.struct_size = sizeof error}, *err = &error;
+  fathom_budget_forecast items[2];
+  fathom_device_info device = {.struct_size = sizeof device};
+  fathom_token ids[40] = {0};
+  uint64_t n = 0, end = 0;
+  fathom_session* session = NULL;
+  int32_t code = 0;
+  EXPECT_OK(fathom_session_create(f->model, NULL, &session, err));
+  EXPECT_OK(fathom_session_prefill(session, ids, 40, NULL, err));
+  EXPECT_OK(fathom_session_forecast(session, NULL, 0, &n, &end, err));
+  EXPECT(n == 2 && end == 256);
+  EXPECT_OK(fathom_engine_device(f->engine, 0, &device, NULL, err));
+  EXPECT_OK(fathom_engine_set_budget(f->engine, 0, device.bytes_now, err));
+  memset(items, 0, sizeof items);
+  items[0].struct_size = sizeof items[0];
+  EXPECT_CODE(FATHOM_E_BUFFER_TOO_SMALL,
+              fathom_session_forecast(session, items, 1, &n, NULL, err));
+  EXPECT_OK(fathom_session_forecast(session, items, 2, &n, &end, err));
+  EXPECT(items[0].device == 0 && strcmp(items[0].name, "cpu") == 0);
+  EXPECT(items[0].bytes_budget == device.bytes_now && items[0].bytes_now == device.bytes_now);
+  EXPECT(items[1].device == -1 && strcmp(items[1].name, "host") == 0);
+  EXPECT(items[1].n_tokens_end == 256 && items[1].then == FATHOM_THEN_FULL);
+  EXPECT(items[0].n_tokens_end == end && end >= 40 && end < 256);
+  while (n < 300 && code == 0) {
+    code = fathom_session_step(session, 3, err);
+    n += code == 0;
+  }
+  EXPECT(code == FATHOM_E_CONTEXT_FULL || code == FATHOM_E_BUDGET);
+  EXPECT(n - 2 + 40 == end);
+  EXPECT_OK(fathom_engine_set_budget(f->engine, 0, device.bytes_budget, err));
+  fathom_session_free(session);
+}
+
+static void test_timeline(const Fixture* f) {
+  fathom_error error = {.struct_size = sizeof error}, *err = &error;
+  const fathom_token ids[] = {5, 6, 7};
+  char path[64], start[16] = "";
+  FILE* file;
+  EXPECT_CODE(FATHOM_E_STATE, fathom_timeline_write(f->engine, "/tmp/x.html", NULL, err));
+  EXPECT_CODE(FATHOM_E_STATE, fathom_timeline_stop(f->engine, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_timeline_start(f->engine, 2001, err));
+  EXPECT_OK(fathom_timeline_start(f->engine, 0, err));
+  EXPECT_CODE(FATHOM_E_STATE, fathom_timeline_start(f->engine, 100, err));
+  EXPECT_OK(fathom_session_prefill(f->session, ids, 3, NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_timeline_write(f->engine, "/tmp/x.png", NULL, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_timeline_write(f->engine, "/tmp/x", "trace", err));
+  EXPECT_CODE(FATHOM_E_NOT_FOUND,
+              fathom_timeline_write(f->engine, "/no/such/folder/x.svg", NULL, err));
+  snprintf(path, sizeof path, "/tmp/fathom-capi-%p.html", (void*)f->engine);
+  EXPECT_OK(fathom_timeline_write(f->engine, path, NULL, err));
+  file = fopen(path, "r");
+  EXPECT(file && fread(start, 1, 15, file) == 15 && strcmp(start, "<!doctype html>") == 0);
+  if (file) fclose(file);
+  EXPECT_OK(fathom_timeline_write(f->engine, path, "csv", err)); /* the name decides nothing now */
+  file = fopen(path, "r");
+  EXPECT(file && fread(start, 1, 15, file) == 15 && strcmp(start, "seconds,device,") == 0);
+  if (file) fclose(file);
+  remove(path);
+  EXPECT_OK(fathom_timeline_stop(f->engine, err));
+}
+
 static int32_t count_memory(void* user, int32_t device, int32_t category, int64_t delta,
                             uint64_t total) {
   int64_t* held = user;
@@ -730,8 +851,8 @@ static void test_save_restore(const Fixture* f) {
   EXPECT_CODE(FATHOM_E_IO, fathom_session_save_io(session, write_full, NULL, NULL, err));
   EXPECT(err->sys_errno == 28);
   saved_bytes[n_saved / 2] ^= 1;
-  EXPECT_CODE(FATHOM_E_CHECKSUM, fathom_session_restore_io(f->model, read_some, NULL, n_saved,
-                                                           NULL, NULL, &again, err));
+  EXPECT_CODE(FATHOM_E_CHECKSUM, fathom_session_restore_io(f->model, read_some, NULL, n_saved, NULL,
+                                                           NULL, &again, err));
   EXPECT(again == NULL);
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_session_save(session, "/dev/full", NULL, err));
   EXPECT_CODE(FATHOM_E_NOT_FOUND,
@@ -754,6 +875,9 @@ int main(void) {
   test_run(&f);
   test_generate(&f);
   test_memory(&f);
+  test_steps(&f);
+  test_forecast(&f);
+  test_timeline(&f);
   test_save_restore(&f);
   close_fixture(&f);
   test_parents_first();

@@ -72,6 +72,7 @@ class Chat {
       if (signal_exit_code() == kExitTerminated) break;
       forget_interrupt();
     }
+    save_state(session_, args_.save_state);
     print_statistics(loaded_, session_);
     return signal_exit_code();
   }
@@ -83,6 +84,8 @@ class Chat {
       note(fmt::format("context: {} of {} tokens, {} of cache", with_commas(session_.n_tokens()),
                        with_commas(session_.max_tokens()),
                        human_bytes(session_.cache().size_bytes())));
+      for (const fathom::BudgetForecast& budget : session_.forecast().budgets)
+        note("budget " + budget.text);
     } else if (line == "/reset") {
       messages_.clear();
       must(session_.truncate(0));

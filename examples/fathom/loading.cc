@@ -107,8 +107,9 @@ fathom::Plan make_plan(const fathom::Engine& engine, const std::string& model_pa
 }
 
 Loaded load_model(const std::string& model_path, const fathom::Config& config,
-                  const ConfigFlags& flags) {
+                  const ConfigFlags& flags, TimelineFile* timeline) {
   fathom::Engine engine = make_engine(config);
+  if (timeline) timeline->start(engine);
   fathom::Plan plan = make_plan(engine, model_path, config, flags);
   detail(plan.describe());
   if (!plan.feasible) {
@@ -133,7 +134,7 @@ Loaded load_model(const std::string& model_path, const fathom::Config& config,
 fathom::Status prefill(fathom::Session& session, std::span<const int32_t> tokens,
                        int64_t deadline_ms, size_t bar_from) {
   Progress bar("prefill", Progress::Unit::kTokens,
-               [&session] { return "KV " + human_bytes(session.cache().size_bytes()); });
+               [&session] { return memory_line(session); });
   fathom::RunOptions options;
   options.cancel = &cancel_token();
   options.deadline_ms = deadline_ms;

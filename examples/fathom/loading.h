@@ -10,6 +10,7 @@
 #include "fathom/model.hpp"
 #include "fathom/session.hpp"
 #include "options.h"
+#include "watching.h"
 
 namespace cli {
 
@@ -38,7 +39,9 @@ fathom::Plan make_plan(const fathom::Engine&, const std::string& model_path, con
                        const ConfigFlags& flags);
 
 // Plans and loads, with progress.  An infeasible plan is shown and leaves with kExitInfeasible.
-Loaded load_model(const std::string& model_path, const fathom::Config&, const ConfigFlags& flags);
+// `timeline`, when given, is started before the plan is made.
+Loaded load_model(const std::string& model_path, const fathom::Config&, const ConfigFlags& flags,
+                  TimelineFile* timeline = nullptr);
 
 // Prefills with cancellation, and with progress when there are at least `bar_from` tokens;
 // `deadline_ms` as in RunOptions.

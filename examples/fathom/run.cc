@@ -10,6 +10,7 @@
 #include "exit.h"
 #include "input.h"
 #include "machine.h"
+#include "profile_file.h"
 #include "signals.h"
 #include "terminal.h"
 
@@ -57,25 +58,72 @@ Json result_json(const RunArgs& args, const Loaded& loaded, const fathom::Sessio
   return json;
 }
 
+// The session that --load-state names, or a new one.
+fathom::Session open_session(const RunArgs& args, const Loaded& loaded) {
+  if (args.load_state.empty()) return must(fathom::Session::create(loaded.model));
+  Progress bar("restore", Progress::Unit::kBytes);
+  fathom::RunOptions options;
+  options.cancel = &cancel_token();
+  options.progress = [&bar](fathom::ProgressPhase, int64_t done, int64_t total) {
+    bar.update(done, total);
+    return true;
+  };
+  fathom::Session session =
+      must(fathom::Session::restore(loaded.model, args.load_state, {}, options));
+  end_progress_line();
+  note(fmt::format("{}: {} tokens", args.load_state, with_commas(session.n_tokens())));
+  return session;
+}
+
+// What is to be read: the prompt; after a saved text it is a continuation, so that it does not
+// begin with bos.  Without a prompt the last token once more where the saved session has no logits.
+std::vector<int32_t> text_to_read(const RunArgs& args, const Loaded& loaded,
+                                  fathom::Session& session) {
+  std::vector<int32_t> tokens;
+  if (args.prompt.given()) tokens = prompt_tokens(args.prompt, args.chat, loaded.model.tokenizer());
+  if (session.n_tokens() == 0) {
+    if (tokens.empty()) usage_error("the prompt is empty");
+    return tokens;
+  }
+  const fathom::Tokenizer* tokenizer = loaded.model.tokenizer();
+  if (args.prompt.tokens.empty() && tokenizer && !tokens.empty() &&
+      tokens.front() == tokenizer->bos())
+    tokens.erase(tokens.begin());
+  if (tokens.empty() && session.logits().empty()) {
+    tokens = {session.tokens().back()};
+    must(session.truncate(session.n_tokens() - 1));
+  }
+  return tokens;
+}
+
 int run(const RunArgs& args) {
   apply(args.output);
   const double start = now_seconds();
-  if (!args.prompt.given() && args.output.json)
+  if (!args.prompt.given() && args.load_state.empty() && args.output.json)
     usage_error("--json needs a prompt: give -p, -f or --tokens");
-  Loaded loaded = load_model(args.model, make_config(args.config), args.config);
-  if (!args.prompt.given()) return run_chat(args, loaded);
+  TimelineFile timeline(args.timeline);
+  const fathom::Config config = args.no_profile ? make_config(args.config)
+                                                : config_with_profile(args.model, args.config);
+  Loaded loaded = load_model(args.model, config, args.config, &timeline);
+  if (!args.prompt.given() && args.load_state.empty()) {
+    const int code = run_chat(args, loaded);
+    timeline.finish();
+    return code;
+  }
 
-  const std::vector<int32_t> prompt =
-      prompt_tokens(args.prompt, args.chat, loaded.model.tokenizer());
-  if (prompt.empty()) usage_error("the prompt is empty");
-  fathom::Session session = must(fathom::Session::create(loaded.model));
-  if (fathom::Status status = prefill(session, prompt, deadline_left_ms(args, start));
+  fathom::Session session = open_session(args, loaded);
+  const std::vector<int32_t> prompt = text_to_read(args, loaded, session);
+  if (fathom::Status status = prompt.empty()
+                                  ? fathom::Status()
+                                  : prefill(session, prompt, deadline_left_ms(args, start));
       !status.ok()) {
     if (status.code() == fathom::Code::kCancelled) print_statistics(loaded, session);
+    save_state(session, args.save_state);  // what was read is not lost
     fail(status);
   }
   bool stdout_failed = false;
   const fathom::GenerateResult result = must(stream_answer(session, args, start, stdout_failed));
+  save_state(session, args.save_state);
   if (stdout_failed) fail(kExitIo, "cannot write to standard output");
   if (args.output.json)
     put_json(result_json(args, loaded, session, prompt.size(), result));
@@ -86,6 +134,7 @@ int run(const RunArgs& args) {
   note(fmt::format("stopped: {} after {} tokens", fathom::stop_reason_name(result.reason),
                    result.tokens.size()));
   print_statistics(loaded, session);
+  timeline.finish();
   return exit_code_of(result);
 }
 
@@ -105,10 +154,19 @@ fathom::Result<fathom::GenerateResult> stream_answer(fathom::Session& session, c
   options.run.cancel = &cancel_token();
   options.run.deadline_ms = deadline_left_ms(args, start);
   const bool silent = args.output.json;
+  LiveLine live(session);
   return session.generate(options, [&](const fathom::GeneratedToken& token) {
+    live.token();
     stdout_failed = !silent && !token.text.empty() && !try_put(token.text);
     return !stdout_failed;
   });
+}
+
+void save_state(const fathom::Session& session, const std::string& path) {
+  if (path.empty() || session.n_tokens() == 0) return;
+  // Not cancelled by the signal that ended the answer: it is what the user asked to keep.
+  must(session.save(path));
+  note(fmt::format("{}: saved {} tokens", path, with_commas(session.n_tokens())));
 }
 
 void print_statistics(const Loaded& loaded, const fathom::Session& session) {
@@ -146,6 +204,13 @@ void add_run(CLI::App& app, Action& action) {
   command->add_flag("--ignore-eos", args->ignore_eos, "do not stop at the end-of-text token");
   command->add_option("--deadline", args->deadline_seconds, "stop after so many seconds")
       ->check(CLI::NonNegativeNumber);
+  command->add_option("--load-state", args->load_state,
+                      "go on where the session saved in FILE was; a prompt is appended to it");
+  command->add_option("--save-state", args->save_state,
+                      "save the session to FILE at the end, also after ^C");
+  add_timeline_flag(*command, args->timeline);
+  command->add_flag("--no-profile", args->no_profile,
+                    "do not use what `fathom tune` has measured");
   add_sampling_flags(*command, args->generate.sampling);
   add_config_flags(*command, args->config);
   add_output_flags(*command, args->output);

@@ -14,7 +14,7 @@ namespace cli {
 namespace {
 
 struct SimulateArgs {
-  std::string model, machine;
+  std::string model, machine, timeline;
   int64_t n_prompt = 512, n_predict = 16384;
   ConfigFlags config;
   OutputFlags output;
@@ -141,10 +141,12 @@ std::string report_text(const fathom::Engine& engine, const fathom::Plan& plan, 
 
 int run(const SimulateArgs& args) {
   apply(args.output);
+  TimelineFile timeline(args.timeline);
   fathom::Config config = make_config(args.config);
   // The run is what must fit, unless something else was asked for.
   if (!config.context_max) config.context_max = args.n_prompt + args.n_predict;
   fathom::Engine engine = make_engine(config, args.machine);
+  timeline.start(engine);
   const fathom::Plan plan = make_plan(engine, args.model, config, args.config);
   for (const std::string& remark : plan.remarks) detail(remark);
   if (!plan.feasible) {
@@ -161,6 +163,7 @@ int run(const SimulateArgs& args) {
     put_json(report_json(engine, plan, measured));
   else
     put(report_text(engine, plan, measured));
+  timeline.finish();
   return measured.stopped.empty() ? kExitOk : kExitMemory;
 }
 
@@ -179,6 +182,7 @@ void add_simulate(CLI::App& app, Action& action) {
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 30));
   command->add_option("-p,--prompt-tokens", args->n_prompt, "tokens of the prompt")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+  add_timeline_flag(*command, args->timeline);
   add_config_flags(*command, args->config);
   add_output_flags(*command, args->output);
   command->callback([args, &action] { action = [args] { return run(*args); }; });

@@ -17,14 +17,6 @@ namespace {
 Verbosity g_verbosity = Verbosity::kNormal;
 bool g_line_open = false;  // a bar stands on the current line of stderr
 
-bool draws_bars() {
-  static const bool draws = [] {
-    const char* no_color = std::getenv("NO_COLOR");
-    return isatty(STDERR_FILENO) == 1 && (no_color == nullptr || *no_color == '\0');
-  }();
-  return draws;
-}
-
 size_t terminal_columns() {
   winsize size = {};
   if (ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0) return size.ws_col;
@@ -38,6 +30,21 @@ void write_line(std::string_view text) {
 }
 
 }  // namespace
+
+bool draws_bars() {
+  static const bool draws = [] {
+    const char* no_color = std::getenv("NO_COLOR");
+    return isatty(STDERR_FILENO) == 1 && (no_color == nullptr || *no_color == '\0');
+  }();
+  return draws;
+}
+
+void draw_line(std::string_view text) {
+  const std::string drawn = fmt::format("\r{}\x1b[K", text.substr(0, terminal_columns() - 1));
+  std::fwrite(drawn.data(), 1, drawn.size(), stderr);
+  std::fflush(stderr);
+  g_line_open = true;
+}
 
 void set_verbosity(Verbosity verbosity) noexcept {
   g_verbosity = verbosity;
@@ -134,11 +141,7 @@ void Progress::update(int64_t done, int64_t total) {
     const double now = now_seconds();
     if (!finished_ && now - last_drawn_ < 0.1) return;
     last_drawn_ = now;
-    const std::string text = line(done, total).substr(0, terminal_columns() - 1);
-    const std::string drawn = fmt::format("\r{}\x1b[K", text);
-    std::fwrite(drawn.data(), 1, drawn.size(), stderr);
-    std::fflush(stderr);
-    g_line_open = true;
+    draw_line(line(done, total));
     if (finished_) end_progress_line();
     return;
   }

@@ -53,6 +53,11 @@ class Progress {
   bool finished_ = false;
 };
 
+// Whether stderr is a terminal on which a line may be drawn over and over.
+bool draws_bars();
+// Draws `text` over what stands on the current line, cut to the terminal's width.
+void draw_line(std::string_view text);
+
 // Ends a bar that stands on the current line, so that other text starts on its own.
 void end_progress_line() noexcept;
 

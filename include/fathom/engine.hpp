@@ -18,6 +18,7 @@
 #include "fathom/memory.hpp"
 #include "fathom/plan.hpp"
 #include "fathom/status.hpp"
+#include "fathom/timeline.hpp"
 
 namespace fathom {
 
@@ -30,8 +31,8 @@ using LogFunction = std::function<void(LogLevel, std::string_view text)>;
 
 // What the host may hook.  Called only on the thread that made the call.
 struct HostHooks {
-  LogFunction log = {};         // none: silent; the library never prints
-  MemoryObserver memory = {};   // none: every change within the budgets is allowed
+  LogFunction log = {};        // none: silent; the library never prints
+  MemoryObserver memory = {};  // none: every change within the budgets is allowed
 };
 
 // A flag that a long call watches.  request() may be called from any thread or a signal handler.
@@ -50,16 +51,31 @@ enum class ProgressPhase : uint8_t { kLoad, kPrefill, kGenerate, kSave, kRestore
 // stops the call with kCancelled.
 using ProgressFunction = std::function<bool(ProgressPhase phase, int64_t done, int64_t total)>;
 
+// What a session and its engine hold after one prefill pass or one generated token.
+struct StepReport {
+  Phase phase = Phase::kDecode;  // kPrefill or kDecode
+  int64_t n_new = 0;             // tokens of this pass
+  int64_t n_tokens = 0;          // in the session
+  double seconds = 0;            // that the pass took
+  int64_t kv_bytes = 0;          // of this session's cache, all devices
+  const MemorySnapshot& memory;  // of the whole engine; valid during the call
+};
+using StepFunction = std::function<bool(const StepReport&)>;
+
 // Taken by every long call.
 struct RunOptions {
   ProgressFunction progress = {};
   const CancelToken* cancel = nullptr;  // must outlive the call
   int64_t deadline_ms = 0;              // 0: none; else the call stops with kCancelled after it
-  int64_t chunk = 0;                    // prefill: tokens per pass; 0: the plan's; at most the plan's
+  int64_t chunk = 0;  // prefill: tokens per pass; 0: the plan's; at most the plan's
   // prefill: called for every position in order with its logits [vocab_size]; the view is valid
   // during the call.  None: only the last position's logits are computed.  Returning false stops
   // with kCallback.
   std::function<bool(int64_t position, std::span<const float> logits)> on_logits = {};
+  // prefill, generate, and step_batch for each session: called after each pass and each token.
+  // Costs the copy of devices x purposes; nothing is allocated after the first call.  Returning
+  // false stops: generate with that reason, the others with kCallback; what is done is kept.
+  StepFunction on_step = {};
 };
 
 class Engine {
@@ -70,12 +86,12 @@ class Engine {
   static Result<Engine> create(const Config& config = {}, const HostHooks& hooks = {},
                                const MachineDescription* rates = nullptr);
 
-  // Makes simulated devices: the machine's bytes and speeds, this library's plans, ledger, scheduler
-  // and cache, and no arithmetic.  A model of any size "loads" from its header or bare config.json
-  // and runs for any number of tokens in seconds: memory is counted, not touched, logits are zeros,
-  // and times - SessionTimes, seconds() - are those of the machine's clock.  All devices of the
-  // machine are used unless config.devices names some of them; a CPU device must be among them.
-  // Budgets that `config` leaves out are the machine's.  Errors: kConfig, kMemory.
+  // Makes simulated devices: the machine's bytes and speeds, this library's plans, ledger,
+  // scheduler and cache, and no arithmetic.  A model of any size "loads" from its header or bare
+  // config.json and runs for any number of tokens in seconds: memory is counted, not touched,
+  // logits are zeros, and times - SessionTimes, seconds() - are those of the machine's clock.  All
+  // devices of the machine are used unless config.devices names some of them; a CPU device must be
+  // among them. Budgets that `config` leaves out are the machine's.  Errors: kConfig, kMemory.
   static Result<Engine> simulate(const MachineDescription& machine, const Config& config = {},
                                  const HostHooks& hooks = {});
   bool simulated() const noexcept;
@@ -112,6 +128,18 @@ class Engine {
   Status set_budget(int device, int64_t bytes);
   // The same for the sum of all devices whose memory is the host's.
   Status set_host_budget(int64_t bytes);
+
+  // Records what the memory of this engine does from now on; see timeline.hpp.  Takes 180 KiB per
+  // device, which the ledger counts as runtime.  Errors: kInvalidArgument (max_points), kState (a
+  // recorder runs already), kBudget, kMemory.
+  Status start_timeline(const TimelineOptions& options = {});
+  // What was recorded until now.  Errors: kState without a recorder.
+  Result<Timeline> timeline() const;
+  // The same into a file: written beside its place and renamed.  Errors: kState; those of files:
+  // kInvalidArgument (a link, folder or device stands there), kNotFound (no such folder), kIo.
+  Status write_timeline(const std::string& path, TimelineFormat format) const;
+  // Forgets what was recorded and gives the memory back.  Errors: kState.
+  Status stop_timeline();
 
   explicit Engine(std::shared_ptr<run::EngineState>) noexcept;
   const std::shared_ptr<run::EngineState>& state() const noexcept { return state_; }

@@ -43,7 +43,9 @@ struct MemoryItem {
 struct DeviceMemory {
   std::string name;
   int64_t budget_bytes = 0;
-  int64_t bytes_now = 0, bytes_peak = 0, bytes_planned = 0;  // over all purposes
+  int64_t bytes_now = 0, bytes_peak = 0;  // over all purposes
+  int64_t bytes_planned = 0;  // peak over the plan's phases; less than the sum of the items, since
+                              // the purposes do not all peak at once
 };
 
 // A consistent picture of the ledger at one moment.

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -80,6 +81,26 @@ struct SessionTimes {
   double prefill_seconds = 0, decode_seconds = 0;
 };
 
+// Where one budget ends for one session.
+struct BudgetForecast {
+  std::string budget;  // "cpu", "cuda:0"; "host": the sum of the devices whose memory is the host's
+  int device = -1;     // -1: the host's sum
+  int64_t budget_bytes = 0, bytes_now = 0;
+  // The most tokens that this session can hold under it as things stand: it grows token by token,
+  // nobody else takes or gives back memory, and no step of kv.ladder is taken.
+  int64_t n_tokens_end = 0;
+  // The step of the ladder that is taken then.  None: the session is full, or its context ends
+  // first.
+  std::optional<LadderStep> then = std::nullopt;
+  std::string text = {};  // the same for people
+};
+
+struct Forecast {
+  int64_t n_tokens = 0, max_tokens = 0;
+  int64_t n_tokens_end = 0;             // the least of max_tokens and of all budgets
+  std::vector<BudgetForecast> budgets;  // of each device, then "host"
+};
+
 // Storage of the host's own.  A write function takes the next bytes of a saved session, a read
 // function fills `out` from byte `offset` of one; offsets rise without gaps.  At most 64 KiB at a
 // time.  What either returns as an error is what save_to or restore_from returns.
@@ -129,6 +150,11 @@ class Session {
   Status truncate(int64_t n_tokens);
   // Takes cache memory for `n_tokens` tokens in all now.  Errors: kContextFull, kBudget, kMemory.
   Status reserve(int64_t n_tokens);
+
+  // Where the budgets end: growing further is what reserve() would refuse, without taking anything.
+  // Exact for growth token by token; a prefill pass that rewrites pages as they leave the window of
+  // kv.recent_16bit needs up to a pass more.  Cost: a pass over the table of pages.
+  Forecast forecast() const;
 
   // Writes the session to one file: tokens, logits, and the cache's rows in the types they have.
   // Cost: one pass over the rows in use; 64 KiB of memory.  Progress (kSave, bytes) and

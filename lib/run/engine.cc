@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "../io/replace_file.h"
 #include "config_schema.h"
 #include "engine_state.h"
 #include "planner.h"
@@ -157,6 +158,8 @@ Status Engine::set_budget(int device, int64_t bytes) {
   if (bytes < 0)
     return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
   state_->ledger.set_budget(device, bytes);
+  state_->timeline.mark("budget", fmt::format("{}: {} bytes", this->device(device).name(), bytes),
+                        0, 0);
   return {};
 }
 
@@ -164,7 +167,37 @@ Status Engine::set_host_budget(int64_t bytes) {
   if (bytes < 0)
     return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
   state_->ledger.set_host_budget(bytes);
+  state_->timeline.mark("budget", fmt::format("host: {} bytes", bytes), 0, 0);
   return {};
+}
+
+Status Engine::start_timeline(const TimelineOptions& options) {
+  return run::guarded([&]() -> Status {
+    run::EngineState& s = *state_;
+    FATHOM_TRY_ASSIGN(const int64_t bytes,
+                      run::TimelineRecorder::buffer_bytes(options, n_devices()));
+    FATHOM_TRY_ASSIGN(auto buffer, s.allocate(s.host_device, Purpose::kRuntime, bytes));
+    return s.timeline.start(std::move(buffer), s.ledger, s.host_device, options);
+  });
+}
+Result<Timeline> Engine::timeline() const {
+  return run::guarded([&] { return state_->timeline.picture(); });
+}
+Status Engine::write_timeline(const std::string& path, TimelineFormat format) const {
+  return run::guarded([&]() -> Status {
+    FATHOM_TRY_ASSIGN(const Timeline recorded, state_->timeline.picture());
+    const std::string text = format == TimelineFormat::kJson  ? recorded.to_json()
+                             : format == TimelineFormat::kCsv ? recorded.to_csv()
+                             : format == TimelineFormat::kSvg ? recorded.to_svg()
+                                                              : recorded.to_html();
+    io::FileCalls calls;
+    FATHOM_TRY_ASSIGN(io::ReplaceFile file, io::ReplaceFile::create(path, calls));
+    FATHOM_TRY(file.write(std::as_bytes(std::span(text))));
+    return file.commit();
+  });
+}
+Status Engine::stop_timeline() {
+  return run::guarded([&] { return state_->timeline.stop(); });
 }
 
 }  // namespace fathom

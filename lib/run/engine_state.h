@@ -12,6 +12,7 @@
 #include "ledger.h"
 #include "memory_range.h"
 #include "simulated_backend.h"
+#include "timeline.h"
 
 namespace fathom::run {
 
@@ -65,6 +66,8 @@ class EngineState {
   // Engines of simulated devices; set by their maker.
   std::shared_ptr<SimulatedMachine> simulation;
   std::shared_ptr<Backend> tables;  // real memory for what the library itself reads and writes
+
+  TimelineRecorder timeline{[this] { return seconds(); }};
 
  private:
   Backend& memory_of(int device, Purpose purpose) const noexcept {

@@ -46,6 +46,7 @@ class Generation {
       return end_of_memory(std::move(room));
 
     FATHOM_TRY_ASSIGN(const int32_t token, sampler_.pick(session_.logits(), session_.tokens()));
+    const double before = session_.times().decode_seconds;
     if (Status s = session_.step(token); !s.ok()) {
       if (s.code() == Code::kBudget || s.code() == Code::kMemory || s.code() == Code::kContextFull)
         return end_of_memory(std::move(s));
@@ -66,6 +67,10 @@ class Generation {
     }
     if (eos || stop) finish_text(text);
     if (!hand_out(token, text)) return end(StopReason::kCallback);
+    if (options_.run.on_step &&
+        !session_.state().report(options_.run.on_step, Phase::kDecode, 1,
+                                 session_.times().decode_seconds - before))
+      return end(StopReason::kCallback);
     if (options_.run.progress &&
         !options_.run.progress(ProgressPhase::kGenerate, count + 1, options_.max_new_tokens))
       return end(StopReason::kCancelled);

@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "../io/spill_file.h"
@@ -94,6 +95,18 @@ class KvPages {
   // The most tokens to truncate to so that `bytes` become free on a device; 0: even none is not
   // enough.
   int64_t tokens_freeing(int device, int64_t bytes) const noexcept;
+
+  // ---- for the forecast: forecast.cc ----
+  // The most tokens that fit `available` bytes beyond what is held, over some devices together,
+  // when the session grows token by token and climbs no ladder; at most max_tokens.
+  int64_t tokens_within(std::span<const int> devices, int64_t available) const noexcept;
+  // Pages below have left the device, but for those of the first window.
+  int64_t moved_end(int device) const noexcept {
+    return devices_[static_cast<size_t>(device)].host_end;
+  }
+  bool has_host_tier(int device) const noexcept {
+    return devices_[static_cast<size_t>(device)].has_host_tier();
+  }
 
   // ---- wherever a page is ----
   // Bytes [offset, offset + bytes) of a page as it would be on the device, inside one layer slot.

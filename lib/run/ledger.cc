@@ -51,15 +51,18 @@ Status Ledger::acquire(int device, Purpose purpose, int64_t bytes) {
   account.total.now += bytes;
   account.total.peak = std::max(account.total.peak, account.total.now);
   if (account.device.is_host) host_now_ += bytes;
+  if (watcher_) watcher_->changed(device, purpose, count.now);
   return {};
 }
 
 void Ledger::release(int device, Purpose purpose, int64_t bytes) noexcept {
   std::lock_guard lock(mutex_);
   Account& account = accounts_[static_cast<size_t>(device)];
-  account.purposes[static_cast<size_t>(purpose)].now -= bytes;
+  Count& count = account.purposes[static_cast<size_t>(purpose)];
+  count.now -= bytes;
   account.total.now -= bytes;
   if (account.device.is_host) host_now_ -= bytes;
+  if (watcher_) watcher_->changed(device, purpose, count.now);
   if (!observer_) return;
   try {
     observer_(device, purpose, -bytes, account.total.now);
@@ -96,7 +99,11 @@ void Ledger::add_planned(int device, Purpose purpose, int64_t bytes) noexcept {
   std::lock_guard lock(mutex_);
   Account& account = accounts_[static_cast<size_t>(device)];
   account.purposes[static_cast<size_t>(purpose)].planned += bytes;
-  account.total.planned += bytes;
+}
+
+void Ledger::add_planned_peak(int device, int64_t bytes) noexcept {
+  std::lock_guard lock(mutex_);
+  accounts_[static_cast<size_t>(device)].total.planned += bytes;
 }
 
 void Ledger::reset_peaks() noexcept {
@@ -108,21 +115,45 @@ void Ledger::reset_peaks() noexcept {
 }
 
 MemorySnapshot Ledger::snapshot() const {
-  std::lock_guard lock(mutex_);
   MemorySnapshot picture;
+  for (size_t d = 0; d < accounts_.size(); ++d) {  // names never change
+    picture.devices.push_back({.name = accounts_[d].device.name});
+    for (int p = 0; p < kPurposeCount; ++p)
+      picture.items.push_back({.device = static_cast<int>(d), .purpose = static_cast<Purpose>(p)});
+  }
+  refresh(picture);
+  return picture;
+}
+
+void Ledger::refresh(MemorySnapshot& picture) const noexcept {
+  std::lock_guard lock(mutex_);
   picture.host_budget_bytes = host_budget_;
   picture.host_bytes_now = host_now_;
   for (size_t d = 0; d < accounts_.size(); ++d) {
     const Account& account = accounts_[d];
-    picture.devices.push_back({account.device.name, account.device.budget_bytes, account.total.now,
-                               account.total.peak, account.total.planned});
-    for (int p = 0; p < kPurposeCount; ++p) {
-      const Count& count = account.purposes[static_cast<size_t>(p)];
-      picture.items.push_back(
-          {static_cast<int>(d), static_cast<Purpose>(p), count.now, count.peak, count.planned});
+    DeviceMemory& device = picture.devices[d];
+    device.budget_bytes = account.device.budget_bytes;
+    device.bytes_now = account.total.now;
+    device.bytes_peak = account.total.peak;
+    device.bytes_planned = account.total.planned;
+    for (size_t p = 0; p < kPurposeCount; ++p) {
+      MemoryItem& item = picture.items[d * kPurposeCount + p];
+      item.bytes_now = account.purposes[p].now;
+      item.bytes_peak = account.purposes[p].peak;
+      item.bytes_planned = account.purposes[p].planned;
     }
   }
-  return picture;
+}
+
+void Ledger::watch(LedgerWatcher* watcher) {
+  std::lock_guard lock(mutex_);
+  if (watcher) {
+    std::vector<int64_t> bytes_now;
+    for (const Account& account : accounts_)
+      for (const Count& count : account.purposes) bytes_now.push_back(count.now);
+    watcher->watching(bytes_now);
+  }
+  watcher_ = watcher;
 }
 
 }  // namespace fathom::run

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <mutex>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -17,6 +18,17 @@ struct LedgerDevice {
   std::string name;
   int64_t budget_bytes = 0;
   bool is_host = false;  // counts towards the host's total
+};
+
+// Sees what was booked, under the ledger's lock: be quick, do not call the ledger.
+class LedgerWatcher {
+ public:
+  // Before the first change: bytes held, [n_devices, kPurposeCount].
+  virtual void watching(std::span<const int64_t> bytes_now) noexcept = 0;
+  virtual void changed(int device, Purpose purpose, int64_t bytes_now) noexcept = 0;
+
+ protected:
+  ~LedgerWatcher() = default;
 };
 
 class Ledger {
@@ -34,13 +46,22 @@ class Ledger {
   // What could still be acquired on a device, its own budget and the host's considered.
   int64_t available(int device) const noexcept;
   int64_t budget(int device) const noexcept;
+  bool is_host(int device) const noexcept {
+    return accounts_[static_cast<size_t>(device)].device.is_host;
+  }
   int64_t host_budget() const noexcept;
   void set_budget(int device, int64_t bytes) noexcept;
   void set_host_budget(int64_t bytes) noexcept;
-  // What the plans of the loaded models promise at most; adds up over models.
+  // What the plans of the loaded models promise at most; adds up over models.  The purposes of a
+  // device need not peak together, so that its own peak is told apart.
   void add_planned(int device, Purpose purpose, int64_t bytes) noexcept;
+  void add_planned_peak(int device, int64_t bytes) noexcept;
   void reset_peaks() noexcept;
   MemorySnapshot snapshot() const;
+  // The same into a snapshot of this ledger: nothing is allocated.
+  void refresh(MemorySnapshot& picture) const noexcept;
+  // From now on; null: nobody.  It must outlive the ledger or be taken back.
+  void watch(LedgerWatcher* watcher);
 
  private:
   struct Count {
@@ -58,6 +79,7 @@ class Ledger {
   int64_t host_budget_;
   int64_t host_now_ = 0;
   MemoryObserver observer_;
+  LedgerWatcher* watcher_ = nullptr;
 };
 
 }  // namespace fathom::run

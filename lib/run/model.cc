@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 
+#include "config_schema.h"
 #include "model_state.h"
 #include "planner.h"
 #include "run_control.h"
@@ -100,6 +101,8 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
                   fmt::format("{}: only the model's configuration is there, no weights to load",
                               plan.model_path));
 
+  const size_t name = plan.model_path.find_last_of('/') + 1;  // 0 when there is none
+  engine.state()->timeline.begin_load(run::shown(std::string_view(plan.model_path).substr(name)));
   auto model = std::make_shared<ModelState>(engine);
   model->plan = plan;
   model->rope = nn::make_rope(plan.model);
@@ -113,25 +116,27 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   model->load_report = plan.remarks;
   model->metadata = file.metadata();
   model->weights = std::move(map).take_weights();
-  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
-    for (int p = 0; p < kPurposeCount; ++p)
-      engine.state()->ledger.add_planned(
-          d, static_cast<Purpose>(p),
-          plan.devices[static_cast<size_t>(d)].planned(static_cast<Purpose>(p)));
-  model->planned_booked = true;
+  model->book_plan(1);
   for (const std::string& line : model->load_report) engine.state()->log(LogLevel::kInfo, line);
   return Model(std::move(model));
 }
 
 }  // namespace
 
-run::ModelState::~ModelState() {
-  if (!planned_booked) return;
-  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
+void run::ModelState::book_plan(int sign) noexcept {
+  Ledger& ledger = engine.state()->ledger;
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
+    const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
     for (int p = 0; p < kPurposeCount; ++p)
-      engine.state()->ledger.add_planned(
-          d, static_cast<Purpose>(p),
-          -plan.devices[static_cast<size_t>(d)].planned(static_cast<Purpose>(p)));
+      ledger.add_planned(d, static_cast<Purpose>(p),
+                         sign * device.planned(static_cast<Purpose>(p)));
+    ledger.add_planned_peak(d, sign * device.peak_bytes());
+  }
+  plan_booked = sign > 0;
+}
+
+run::ModelState::~ModelState() {
+  if (plan_booked) book_plan(-1);
 }
 
 Model::Model(std::shared_ptr<run::ModelState> state) noexcept : state_(std::move(state)) {}

@@ -29,7 +29,9 @@ class ModelState {
   std::vector<std::string> load_report;
   std::vector<std::pair<std::string, std::string>> metadata;
   int64_t n_params = 0, n_params_active = 0;
-  bool planned_booked = false;  // the plan's bytes stand in the ledger
+  bool plan_booked = false;  // the plan's bytes stand in the ledger
+
+  void book_plan(int sign) noexcept;  // 1: adds them there, -1: takes them back
 };
 
 }  // namespace fathom::run

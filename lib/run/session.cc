@@ -27,6 +27,13 @@ AttentionForm SessionState::form_of(int64_t n) const noexcept {
                                                           : AttentionForm::kAbsorbed;
 }
 
+bool SessionState::report(const StepFunction& on_step, Phase phase, int64_t n_new, double seconds) {
+  const Ledger& ledger = model.engine().state()->ledger;
+  if (memory.devices.empty()) memory = ledger.snapshot();
+  ledger.refresh(memory);
+  return on_step({phase, n_new, n_tokens, seconds, cache.size_bytes(), memory});
+}
+
 Status SessionState::all_logits(const nn::ForwardParams& params, const RunOptions& options) {
   const auto n = static_cast<int64_t>(params.tokens.size());
   const int64_t vocab = model.config().vocab_size;
@@ -90,6 +97,7 @@ void SessionState::append(std::span<const int32_t> ids) noexcept {
   std::copy(ids.begin(), ids.end(), tokens + n_tokens);
   n_tokens += static_cast<int64_t>(ids.size());
   cache.commit_rows(n_tokens);
+  timeline().tokens(static_cast<int64_t>(ids.size()));
 }
 
 }  // namespace run
@@ -154,13 +162,17 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
     const run::RunControl control(options);
 
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
+    s.timeline().begin(TimelinePhase::kPrefill);
     for (int64_t done = 0; done < total;) {
       const double chunk_start = s.seconds();
       FATHOM_TRY_ASSIGN(const int64_t n, s.pass(tokens.subspan(static_cast<size_t>(done)), longest,
                                                 control, options, run::Decoding::kNo));
       done += n;
       s.times.prefill_tokens += n;
-      s.times.prefill_seconds += s.seconds() - chunk_start;
+      const double seconds = s.seconds() - chunk_start;
+      s.times.prefill_seconds += seconds;
+      if (options.on_step && !s.report(options.on_step, Phase::kPrefill, n, seconds))
+        return Status(Code::kCallback, "the step callback asked to stop");
       if (done < total || options.progress)
         FATHOM_TRY(control.check(ProgressPhase::kPrefill, done, total));
     }
@@ -177,6 +189,7 @@ Status Session::step(int32_t token) {
                     fmt::format("the session holds {} tokens, its most", s.n_tokens));
     static const RunOptions kNone;
     const double start = s.seconds();
+    s.timeline().begin(TimelinePhase::kDecode);
     FATHOM_TRY_ASSIGN([[maybe_unused]] const int64_t n,
                       s.pass({&token, 1}, 1, run::RunControl(kNone), kNone, run::Decoding::kYes));
     ++s.times.decode_tokens;
@@ -206,9 +219,14 @@ Status Session::truncate(int64_t n_tokens) {
     return Status(
         Code::kInvalidArgument,
         fmt::format("truncate to {}: not in [0, {}], the tokens held", n_tokens, s.n_tokens));
-  if (n_tokens < s.n_tokens) s.has_logits = false;
+  const int64_t forgotten = s.n_tokens - n_tokens;
+  if (forgotten > 0) s.has_logits = false;
   s.n_tokens = n_tokens;
   s.cache.truncate(n_tokens);
+  if (forgotten > 0) {
+    s.timeline().tokens(-forgotten);
+    s.timeline().mark("truncate", "", n_tokens, 0);
+  }
   return {};
 }
 

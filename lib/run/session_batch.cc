@@ -99,6 +99,7 @@ Status Session::step_batch(std::span<Session* const> sessions, std::span<const i
   return run::guarded([&]() -> Status {
     FATHOM_TRY(run::check_batch(sessions, tokens));
     const auto start = std::chrono::steady_clock::now();
+    run::leader(sessions).timeline().begin(TimelinePhase::kDecode);
     std::vector<int64_t> capacities;
     for (const Session* session : sessions)
       capacities.push_back(session->state_->cache.capacity_tokens());
@@ -127,6 +128,12 @@ Status Session::step_batch(std::span<Session* const> sessions, std::span<const i
       ++s.times.decode_tokens;
       s.times.decode_seconds += elapsed.count() / static_cast<double>(sessions.size());
     }
+    bool go_on = true;
+    for (Session* session : sessions)
+      if (options.on_step)
+        go_on =
+            session->state_->report(options.on_step, Phase::kDecode, 1, elapsed.count()) && go_on;
+    if (!go_on) return Status(Code::kCallback, "the step callback asked to stop");
     return {};
   });
 }

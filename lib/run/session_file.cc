@@ -120,6 +120,7 @@ Status read_tokens(SessionState& s, SessionSource& source, int64_t n_tokens) {
 
 Status write_session(const SessionState& s, const WriteFunction& write, const RunOptions& options) {
   const SessionFileHeader header = header_of(s);
+  s.timeline().mark("save", "", s.n_tokens, header.file_bytes);
   const RunControl control(options);
   SessionSink sink(write, control, header.file_bytes);
   FATHOM_TRY(sink.put(encode(header)));
@@ -194,6 +195,8 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
   FATHOM_TRY(read_pages(s, source, header));
   FATHOM_TRY(source.finish());
   s.n_tokens = header.n_tokens;
+  s.timeline().tokens(s.n_tokens);
+  s.timeline().mark("restore", "", s.n_tokens, 0);
   s.has_logits = header.has_logits;
   // Room to come is no reason to rewrite pages now.
   FATHOM_TRY(s.restore_room(std::max(reserved, header.n_tokens), header.n_tokens));

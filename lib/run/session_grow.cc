@@ -157,6 +157,7 @@ LadderGains SessionState::ladder_gains(int device, int64_t n_then) const {
 // A run of the same step is one event, which grows.
 void SessionState::tell(LadderStep step, int64_t bytes, std::string text) {
   const char* kind = event_kind(step);
+  timeline().mark(kind, text, n_tokens, bytes);
   if (!events.empty() && events.back().kind == kind) {
     events.back().bytes += bytes;
     events.back().text = std::move(text);

@@ -21,6 +21,7 @@ class SessionState final : public nn::RowSourceOf {
  public:
   SessionState(const Model& model, KVCache pages)
       : model(model), cache(std::move(pages)), pages_(cache.pages()) {}
+  ~SessionState() { timeline().tokens(-n_tokens); }
 
   // Appends one pass, all or nothing: the first of `ids`, at most `longest` and what the scratch
   // has room for; says how many.  A pass that takes the last of ids computes its logits; those of
@@ -50,6 +51,11 @@ class SessionState final : public nn::RowSourceOf {
   LadderGains ladder_gains(int device, int64_t n_then) const;
   int64_t chunk_gain(int device) const;  // of the next shorter chunk
 
+  // Calls on_step; its answer.
+  bool report(const StepFunction& on_step, Phase phase, int64_t n_new, double seconds);
+  // The engine's; n_tokens of all sessions are counted there.
+  TimelineRecorder& timeline() const noexcept { return model.engine().state()->timeline; }
+
   KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return cache.rows(stage, layer_slot, 0, n_rows);
   }
@@ -70,6 +76,7 @@ class SessionState final : public nn::RowSourceOf {
   bool has_logits = false;
   SessionTimes times;
   std::vector<Event> events;
+  MemorySnapshot memory;  // what report() shows, kept so that it allocates once
   const nn::Trace* trace = nullptr;  // for tests
 
  private:
