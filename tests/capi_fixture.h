@@ -27,7 +27,9 @@ static Fixture open_fixture(const char* path, const fathom_host* host) {
   code = fathom_config_create(&config, &err);
   if (code == 0)
     code = fathom_config_merge_json(
-        config, "{\"context.max\": 256, \"prefill.chunk\": 16, \"threads\": 1}", FATHOM_NTS, &err);
+        config,
+        "{\"context.max\": 256, \"prefill.chunk\": 16, \"threads\": 1, \"kv.page_tokens\": 64}",
+        FATHOM_NTS, &err);
   if (code == 0) code = fathom_engine_create(config, host, &f.engine, &err);
   if (code == 0) code = fathom_plan_create(f.engine, path, NULL, &f.plan, &err);
   if (code == 0) code = fathom_model_load(f.engine, f.plan, NULL, &f.model, &err);

@@ -153,14 +153,19 @@ TEST_CASE("the ladder does what was forecast", "[forecast]") {
     CHECK(session.events()[0].kind == c.event);
     CHECK(session.events()[0].position == forecast.n_tokens_end);
     // And again, with pages that were moved or rewritten.
+    const auto freed = [&] {
+      int64_t bytes = 0;
+      for (const Event& event : session.events()) bytes += event.bytes;
+      return bytes;
+    };
     for (int i = 0; i < 3; ++i) {
       const Forecast next = session.forecast();
-      const int64_t bytes = session.events().back().bytes;
+      const int64_t before = freed();
       test::require_ok(grow(session, next.n_tokens_end));
-      CHECK(session.events().back().bytes == bytes);
+      CHECK(freed() == before);
       if (next.n_tokens_end == 300) break;
       if (!grow(session, next.n_tokens_end + 1).ok()) break;
-      CHECK(session.events().back().bytes > bytes);
+      CHECK(freed() > before);
     }
   }
 }

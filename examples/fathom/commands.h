@@ -15,6 +15,7 @@ void add_detokenize(CLI::App& app, Action& action);  // tokenize.cc
 void add_perplexity(CLI::App& app, Action& action);  // perplexity.cc
 void add_retrieval(CLI::App& app, Action& action);   // retrieval.cc
 void add_bench(CLI::App& app, Action& action);       // bench.cc
+void add_tune(CLI::App& app, Action& action);        // tune.cc, profile_file.cc
 void add_config(CLI::App& app, Action& action);      // config.cc
 void add_version(CLI::App& app, Action& action);     // config.cc
 void add_demo(CLI::App& app, Action& action);        // demo.cc, demo_text.cc

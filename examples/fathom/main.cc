@@ -42,6 +42,7 @@ int run(int argc, char** argv) {
   cli::add_perplexity(app, action);
   cli::add_retrieval(app, action);
   cli::add_bench(app, action);
+  cli::add_tune(app, action);
   cli::add_config(app, action);
   cli::add_demo(app, action);
   cli::add_version(app, action);

@@ -61,8 +61,8 @@ void add_config_flags(CLI::App& app, ConfigFlags& flags, bool with_context) {
       ->group(group);
 }
 
-fathom::Config make_config(const ConfigFlags& flags) {
-  fathom::Config config;
+fathom::Config make_config(const ConfigFlags& flags, const fathom::Config& base) {
+  fathom::Config config = base;
   if (!flags.config_file.empty()) {
     fathom::Status status = config.merge_json(read_text(flags.config_file));
     if (!status.ok()) fail(std::move(status).in(flags.config_file));

@@ -43,7 +43,8 @@ struct ConfigFlags {
 void add_config_flags(CLI::App&, ConfigFlags&, bool with_context = true);
 // The configuration: --config file, then flags, then --set.  Leaves with kExitUsage for what
 // Config refuses, and when a flag and --set say different things about one key.
-fathom::Config make_config(const ConfigFlags&);
+// `base` is what holds where neither says anything.
+fathom::Config make_config(const ConfigFlags&, const fathom::Config& base = {});
 
 void add_model_flag(CLI::App&, std::string& model);
 void add_machine_flag(CLI::App&, std::string& machine);

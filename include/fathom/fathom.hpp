@@ -35,5 +35,7 @@
 #include "fathom/session.hpp"
 #include "fathom/status.hpp"
 #include "fathom/tensor.hpp"
+#include "fathom/timeline.hpp"
 #include "fathom/tokenizer.hpp"
+#include "fathom/tune.hpp"
 #include "fathom/version.hpp"

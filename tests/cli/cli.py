@@ -21,8 +21,9 @@ TIMEOUT_S = 300
 
 
 def environment(extra=None):
-    """The environment without FATHOM_ARG_* of whoever runs the tests."""
+    """The environment without FATHOM_ARG_* and tuned profiles of whoever runs the tests."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("FATHOM_ARG_")}
+    env["XDG_CACHE_HOME"] = "/nonexistent"
     env.update(extra or {})
     return env
 
