@@ -176,6 +176,9 @@ void CpuBackend::ffn(const OpContext& op, const FfnParams& p) noexcept {
 void CpuBackend::experts(const OpContext& op, const ExpertsParams& p) noexcept {
   cpu::experts(context_, op, p);
 }
+void CpuBackend::add(const OpContext&, const AddParams& p) noexcept {
+  cpu::add(context_, p);
+}
 
 }  // namespace cpu
 }  // namespace fathom

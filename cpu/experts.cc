@@ -42,10 +42,12 @@ ExpertsScratch carve(Workspace& space, const CpuContext& ctx, const ExpertsParam
 int64_t group_pairs(const ExpertsParams& p, const ExpertsScratch& s) noexcept {
   const int64_t n_experts = p.gate->count;
   const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
-  const auto known = [&](int32_t id) { return id >= 0 && id < n_experts; };
+  // Index of pair i's expert among ours; outside [0, n_experts) for those of others.
+  const auto expert_of = [&](int64_t i) { return p.ids[i] - p.first_expert; };
+  const auto ours = [&](int64_t e) { return e >= 0 && e < n_experts; };
   std::fill_n(s.first, n_experts + 1, 0);
   for (int64_t i = 0; i < n_pairs; ++i)
-    if (known(p.ids[i])) ++s.first[p.ids[i] + 1];
+    if (ours(expert_of(i))) ++s.first[expert_of(i) + 1];
   int64_t n_active = 0;
   for (int64_t e = 0; e < n_experts; ++e) {
     if (s.first[e + 1] > 0) s.active[n_active++] = static_cast<int32_t>(e);
@@ -53,8 +55,8 @@ int64_t group_pairs(const ExpertsParams& p, const ExpertsScratch& s) noexcept {
   }
   // Placing moves each start to the next one; the second pass moves them back.
   for (int64_t i = 0; i < n_pairs; ++i) {
-    if (!known(p.ids[i])) continue;
-    const int32_t at = s.first[p.ids[i]]++;
+    if (!ours(expert_of(i))) continue;
+    const int32_t at = s.first[expert_of(i)]++;
     s.tokens[at] = static_cast<int32_t>(i / p.num_experts_per_tok);
     s.weights[at] = p.weights[i];
   }
@@ -89,7 +91,8 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
   }
 
   // Slices by the average: the cut is the same for all experts of a call.
-  const int64_t average_rows = (n_pairs + p.gate->count - 1) / p.gate->count;
+  const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
+  const int64_t average_rows = (n_pairs + n_experts - 1) / n_experts;
   int64_t groups = slice_groups(*p.gate, average_rows);
   int64_t n_slices = slice_count(*p.gate, groups);
   ctx.threads->parallel_for(n_active * n_slices, [&](int64_t task, int worker) {
@@ -117,6 +120,8 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
     float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
     const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);
     float* panels = worker_part(s.tiles.panels, worker, kPanelFloats);
+    for (int64_t t = 0; t < p.n_tokens && !p.add; ++t)
+      std::fill_n(p.out + t * p.down->rows + slice.row0, slice.n_rows, 0.0f);
     for (int64_t a = 0; a < n_active; ++a) {
       const int64_t e = s.active[a];
       const int64_t n_rows = rows_of(e);

@@ -23,7 +23,6 @@ void embed(const CpuContext&, const OpContext&, const EmbedParams&) noexcept;
 void matmul(const CpuContext&, const OpContext&, const MatmulParams&) noexcept;
 void heads_matmul(const CpuContext&, const OpContext&, const HeadsMatmulParams&) noexcept;
 void ffn(const CpuContext&, const OpContext&, const FfnParams&) noexcept;
-// Ids outside [0, gate->count) are passed over.
 void experts(const CpuContext&, const OpContext&, const ExpertsParams&) noexcept;
 
 // The kernels of an instruction set; the scalar ones where a build has no others.

@@ -111,4 +111,10 @@ void kv_append(const CpuContext& context, const KvAppendParams& p) noexcept {
   });
 }
 
+void add(const CpuContext& context, const AddParams& p) noexcept {
+  for_row_groups(context, p.n, 1, [&](int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) p.out[i] += p.x[i];
+  });
+}
+
 }  // namespace fathom::cpu

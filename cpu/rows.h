@@ -17,6 +17,7 @@ void rms_norm(const CpuContext&, const RmsNormParams&) noexcept;
 void rope_table(const CpuContext&, const RopeTableParams&) noexcept;
 void rope(const CpuContext&, const RopeParams&) noexcept;
 void kv_append(const CpuContext&, const KvAppendParams&) noexcept;
+void add(const CpuContext&, const AddParams&) noexcept;
 
 // Rows of `row_values` values each are handed to the threads in groups of this many: several
 // microseconds of work, as long as waking a thread takes.

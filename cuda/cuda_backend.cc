@@ -119,6 +119,9 @@ void CudaBackend::rope_table(const OpContext& op, const RopeTableParams& p) noex
 void CudaBackend::rope(const OpContext& op, const RopeParams& p) noexcept {
   check(op, cuda::rope(device_->stream(), p));
 }
+void CudaBackend::add(const OpContext& op, const AddParams& p) noexcept {
+  check(op, cuda::add(device_->stream(), p));
+}
 void CudaBackend::route(const OpContext& op, const RouteParams& p) noexcept {
   check(op, cuda::route(device_->stream(), p));
 }

@@ -69,6 +69,7 @@ class CudaBackend final : public Backend {
   void route(const OpContext&, const RouteParams&) noexcept override;
   void ffn(const OpContext&, const FfnParams&) noexcept override;
   void experts(const OpContext&, const ExpertsParams&) noexcept override;
+  void add(const OpContext&, const AddParams&) noexcept override;
   Status sync(const OpContext&) noexcept override;
 
  private:

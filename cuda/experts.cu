@@ -151,11 +151,12 @@ __global__ void sort_kernel(SortParams p) {
   auto* piece = reinterpret_cast<int32_t*>(shared_memory());  // [kSortPiece]
   int32_t* counts = piece + kSortPiece;                       // [n_experts + 1]
   const int expert = int(threadIdx.x), n = int(p.n_experts);
+  const auto index_of = [&](int64_t pair) { return p.ids[pair] - int32_t(p.first_expert); };
   int count = 0;
   for (int64_t first = 0; first < p.n_pairs; first += kSortPiece) {
     const int size = int(p.n_pairs - first < kSortPiece ? p.n_pairs - first : kSortPiece);
     for (int i = expert; i < size; i += int(blockDim.x)) {
-      const int32_t id = p.ids[first + i];
+      const int32_t id = index_of(first + i);
       piece[i] = id;
       if (id < 0 || id >= n) p.places[first + i] = -1;
     }
@@ -179,7 +180,7 @@ __global__ void sort_kernel(SortParams p) {
   int place = expert < n ? counts[expert] : 0;
   for (int64_t first = 0; first < p.n_pairs; first += kSortPiece) {
     const int size = int(p.n_pairs - first < kSortPiece ? p.n_pairs - first : kSortPiece);
-    for (int i = expert; i < size; i += int(blockDim.x)) piece[i] = p.ids[first + i];
+    for (int i = expert; i < size; i += int(blockDim.x)) piece[i] = index_of(first + i);
     __syncthreads();
     if (expert < n)
       for (int i = 0; i < size; ++i)
@@ -200,7 +201,7 @@ __global__ void combine_kernel(CombineParams p) {
     const int32_t* places = p.places + t * p.num_experts_per_tok;
     const float* weights = p.weights + t * p.num_experts_per_tok;
     float& out = p.out[t * p.out_stride + p.first_col + c];
-    float sum = out;
+    float sum = p.add ? out : 0.0f;
     // Places ascend with the expert: the next one is the least above the last.
     for (int32_t last = -1;;) {
       int best = -1;

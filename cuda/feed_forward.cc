@@ -86,6 +86,7 @@ ExpertsScratch carve(Workspace& space, const ExpertsParams& p) noexcept {
   s.sort = {.ids = p.ids,
             .n_pairs = n_pairs,
             .num_experts_per_tok = p.num_experts_per_tok,
+            .first_expert = p.first_expert,
             .n_experts = n_experts,
             .first = space.take<int32_t>(n_experts + 1),
             .active = space.take<int32_t>(n_experts),
@@ -118,7 +119,9 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
                 const ExpertsScratch& s) noexcept {
   const Stream stream = device.stream();
   const int64_t n_pairs = s.sort.n_pairs, inner = p.gate->rows, hidden = p.down->rows;
-  const bool few = exact || n_pairs <= kFewRows * std::min(p.gate->count, n_pairs);
+  // By all experts of the layer: the same choice on every device that has some of them.
+  const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
+  const bool few = exact || n_pairs <= kFewRows * std::min(n_experts, n_pairs);
   const auto product = [&](const ProductParams& params) {
     return few ? product_few_rows(stream, params) : product_tiles(stream, params);
   };
@@ -163,7 +166,8 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
                                          .n_cols = n,
                                          .first_col = first,
                                          .out_stride = hidden,
-                                         .out = p.out}))
+                                         .out = p.out,
+                                         .add = p.add}))
       return e;
   }
   return 0;

@@ -72,6 +72,7 @@ int round_to_bf16(Stream, const float* x, int64_t x_stride, int64_t n_rows, int6
                   uint16_t* out);
 // gate = silu(gate) * up, n values.
 int swiglu(Stream, float* gate, const float* up, int64_t n);
+int add(Stream, const AddParams&);
 
 // ---- rows -------------------------------------------------------------------------------------
 
@@ -177,7 +178,8 @@ int route(Stream, const RouteParams&);
 // Sorts the (token, k) pairs by expert; equal experts keep their order.
 struct SortParams {
   const int32_t* ids;  // [n_pairs]
-  int64_t n_pairs, num_experts_per_tok, n_experts;
+  int64_t n_pairs, num_experts_per_tok;
+  int64_t first_expert, n_experts;  // those that are here
   int32_t* first;     // [n_experts + 1]
   int32_t* active;    // [n_experts]
   int32_t* n_active;  // [1]
@@ -186,7 +188,7 @@ struct SortParams {
 };
 int sort_by_expert(Stream, const SortParams&);
 
-// out[t, first_col + c] += sum over the token's pairs, by ascending expert, of weight * rows[place,
+// out[t, first_col + c] (+)= sum over the token's pairs, by ascending expert, of weight * rows[place,
 // c].
 struct CombineParams {
   const float* rows;  // [n_pairs, n_cols]
@@ -195,6 +197,7 @@ struct CombineParams {
   int64_t n_tokens, num_experts_per_tok;
   int64_t n_cols, first_col, out_stride;
   float* out;
+  bool add;  // to what out holds
 };
 int combine_experts(Stream, const CombineParams&);
 

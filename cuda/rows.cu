@@ -122,6 +122,12 @@ __global__ void swiglu_kernel(SwigluArgs p) {
   }
 }
 
+__global__ void add_kernel(AddParams p) {
+  for (int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; at < p.n;
+       at += int64_t(gridDim.x) * blockDim.x)
+    p.out[at] += p.x[at];
+}
+
 }  // namespace
 
 int embed(Stream stream, const WeightView& table, const EmbedParams& p) {
@@ -176,6 +182,10 @@ int swiglu(Stream stream, float* gate, const float* up, int64_t n) {
   return n == 0
              ? 0
              : launch(swiglu_kernel, blocks_for(n), kThreads, 0, stream, SwigluArgs{gate, up, n});
+}
+
+int add(Stream stream, const AddParams& p) {
+  return p.n == 0 ? 0 : launch(add_kernel, blocks_for(p.n), kThreads, 0, stream, p);
 }
 
 }  // namespace fathom::cuda

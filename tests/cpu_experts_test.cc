@@ -2,7 +2,10 @@
 #include "cpu_weights.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
+
+#include "cpu/rows.h"
 
 using namespace fathom;
 using namespace fathom::cpu_test;
@@ -166,5 +169,62 @@ TEST_CASE("experts give the same bits with any number of threads", "[cpu][expert
         }
       }
     }
+  }
+}
+
+TEST_CASE("a sum handed on over spans of experts has the bits of one device", "[cpu][experts]") {
+  const auto span_of = [](const Weight& w, int64_t first, int64_t count) {
+    Weight part = w;
+    part.count = count;
+    part.data = w.matrix(first);
+    return part;
+  };
+  for (const cpu::Isa isa : runnable_isas()) {
+    const TestContext test = make_context(isa, Numerics::kFast);
+    Rng rng(45);
+    const Experts e = random_experts(rng, DType::kQ4_K, DType::kQ8_0, 8, 256, 352);
+    for (const int64_t n_tokens : {1, 9, 70}) {
+      const Routing r = random_routing(rng, n_tokens, 3, 8, 8);
+      const std::vector<float> x = random_values(rng, n_tokens * 256, 0.05f);
+      const std::vector<float> zero(x.size(), 0.0f), other = random_values(rng, n_tokens * 256);
+      const std::vector<float> whole = run(test.ctx, e, r, 3, x, zero);
+      for (const int64_t cut : {1, 3, 7}) {
+        std::vector<float> out = other;  // what is there must not matter to the first span
+        for (const bool second : {false, true}) {
+          const int64_t first = second ? cut : 0, count = second ? 8 - cut : cut;
+          const Weight gate = span_of(e.gate.weight, first, count),
+                       up = span_of(e.up.weight, first, count),
+                       down = span_of(e.down.weight, first, count);
+          const ExpertsParams p{.x = x.data(),
+                                .n_tokens = n_tokens,
+                                .ids = r.ids.data(),
+                                .weights = r.weights.data(),
+                                .num_experts_per_tok = 3,
+                                .gate = &gate,
+                                .up = &up,
+                                .down = &down,
+                                .out = out.data(),
+                                .first_expert = first,
+                                .n_experts = 8,
+                                .add = second};
+          const GuardedWorkspace space(cpu::workspace_bytes(test.ctx, p));
+          cpu::experts(test.ctx, space.op(), p);
+          space.check();
+        }
+        INFO(test.ctx.matmul->name << " tokens " << n_tokens << " cut " << cut);
+        CHECK(std::memcmp(whole.data(), out.data(), out.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE("add adds every value once, for any length", "[cpu][rows]") {
+  const TestContext test = make_context(runnable_isas().front(), Numerics::kFast, 3);
+  Rng rng(46);
+  for (const int64_t n : {0, 1, 17, 32768, 70001}) {
+    const std::vector<float> x = random_values(rng, n), before = random_values(rng, n);
+    std::vector<float> out = before;
+    cpu::add(test.ctx, {x.data(), n, out.data()});
+    for (size_t i = 0; i < out.size(); ++i) REQUIRE(out[i] == before[i] + x[i]);
   }
 }

@@ -227,8 +227,14 @@ TEST_CASE("routed experts", "[cuda][layers]") {
         const auto weights = random_values(rng, n * k);
         const auto x = random_values(rng, n * hidden, 1 / std::sqrt(float(hidden)));
         std::vector<float> a = random_values(rng, n * hidden), b = a;
-        const ExpertsParams p{x.data(),     n,          ids.data(),   weights.data(), k,
-                              &gate.weight, &up.weight, &down.weight, a.data()};
+        ExpertsParams p{x.data(),     n,          ids.data(),   weights.data(), k,
+                        &gate.weight, &up.weight, &down.weight, a.data()};
+        if (n == 7) {  // a span of a larger layer
+          p.first_expert = 5;
+          p.n_experts = n_experts + 9;
+          for (int32_t& id : ids) id += 5;
+        }
+        p.add = n != 70;
         gpu.run(p, [&](const OpContext& op) { gpu->experts(op, p); });
         ExpertsParams q = p;
         q.gate = &e.gate.weight, q.up = &e.up.weight, q.down = &e.down.weight, q.out = b.data();
@@ -239,6 +245,18 @@ TEST_CASE("routed experts", "[cuda][layers]") {
                     a, b, (numerics == Numerics::kExact ? 1e-5 : 0.02) * (size_of(b) + 1));
       }
     }
+}
+
+TEST_CASE("values are added", "[cuda][layers]") {
+  Rng rng(88);
+  TestGpu gpu(Numerics::kFast);
+  for (const int64_t n : {0, 1, 300, 70001}) {
+    const auto x = random_values(rng, n), before = random_values(rng, n);
+    std::vector<float> out = before;
+    gpu->add({}, {x.data(), n, out.data()});
+    REQUIRE(gpu->sync({}).ok());
+    for (size_t i = 0; i < out.size(); ++i) REQUIRE(out[i] == before[i] + x[i]);
+  }
 }
 
 TEST_CASE("many pairs: results of the experts are added up slice by slice",

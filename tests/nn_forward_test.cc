@@ -18,8 +18,9 @@ class ReferenceModel final : public nn::RowSourceOf {
   explicit ReferenceModel(const std::string& path, int64_t max_tokens = 400)
       : file(open(path)), max_tokens_(max_tokens) {
     devices_.push_back(test::make_reference_backend());
-    layer_device_.assign(static_cast<size_t>(config().num_hidden_layers), 0);
-    auto map = nn::WeightMap::create(file, layer_device_, devices_);
+    placement_ = Placement::by_layer(
+        config(), std::vector<int>(static_cast<size_t>(config().num_hidden_layers), 0));
+    auto map = nn::WeightMap::create(file, placement_, devices_);
     INFO(map.status().message());
     REQUIRE(map.ok());
     for (Purpose purpose : {Purpose::kWeights, Purpose::kExperts}) {
@@ -51,7 +52,6 @@ class ReferenceModel final : public nn::RowSourceOf {
     Arena arena(aligned(blocks_.back()), counting.peak_bytes());
     stage_.device = devices_[0].get();
     stage_.scratch = nn::Scratch::carve(arena, config(), max_tokens);
-    stage_.n_layers = config().num_hidden_layers;
   }
 
   const ModelConfig& config() const { return file.config(); }
@@ -67,6 +67,7 @@ class ReferenceModel final : public nn::RowSourceOf {
     const nn::ForwardParams params{.config = config(),
                                    .rope = rope_,
                                    .weights = *weights_,
+                                   .placement = placement_,
                                    .stages = {&stage_, 1},
                                    .tokens = tokens,
                                    .sequences = {&sequence, 1},
@@ -102,7 +103,7 @@ class ReferenceModel final : public nn::RowSourceOf {
 
   int64_t max_tokens_, n_tokens_ = 0;
   std::vector<std::unique_ptr<Backend>> devices_;
-  std::vector<int> layer_device_;
+  Placement placement_;
   std::vector<std::vector<float>> blocks_;
   std::vector<std::byte> cache_;
   std::vector<KvPage> pages_;

@@ -104,8 +104,9 @@ TEST_CASE("a decode step is bound by the active weights", "[cost]") {
   auto engine = Engine::create();
   REQUIRE(engine.ok());
   const ModelConfig& c = file->config();
-  const std::vector<int> places(static_cast<size_t>(c.num_hidden_layers), 0);
-  auto map = nn::WeightMap::create(*file, places, engine->state()->devices);
+  const Placement placement =
+      Placement::by_layer(c, std::vector<int>(static_cast<size_t>(c.num_hidden_layers), 0));
+  auto map = nn::WeightMap::create(*file, placement, engine->state()->devices);
   REQUIRE(map.ok());
   const MachineDevice device = plain_device();
   double total = run::head_seconds(device, c, map->weights());

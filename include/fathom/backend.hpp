@@ -29,7 +29,7 @@
 namespace fathom {
 
 // Interface version; a plug-in built against another one is refused.
-inline constexpr uint32_t kBackendVersion = 1;
+inline constexpr uint32_t kBackendVersion = 2;
 
 enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
 
@@ -207,15 +207,28 @@ struct FfnParams {
   bool add;
 };
 
-// out[t] += sum_k weights[t, k] * ffn of expert ids[t, k]; experts summed in ascending id order.
+// out[t] (+)= sum_k weights[t, k] * ffn of expert ids[t, k]; experts summed in ascending id order,
+// one after the other into `out`.  The weights hold experts [first_expert, first_expert +
+// gate->count); ids of others are passed over, so that a sum over experts on several devices can be
+// handed on from one to the next with the same bits as on one device.
 struct ExpertsParams {
   const float* x;  // [n_tokens, hidden_size]
   int64_t n_tokens;
   const int32_t* ids;    // [n_tokens, num_experts_per_tok]
   const float* weights;  // [n_tokens, num_experts_per_tok]
   int64_t num_experts_per_tok;
-  const Weight *gate, *up, *down;  // count == n_routed_experts
+  const Weight *gate, *up, *down;  // the same count
   float* out;  // [n_tokens, hidden_size]
+  int64_t first_expert = 0;
+  int64_t n_experts = 0;  // of the layer, on all devices; 0: gate->count
+  bool add = true;  // to what out holds; otherwise the sum begins at zero in every row
+};
+
+// out[i] += x[i].
+struct AddParams {
+  const float* x;  // [n]
+  int64_t n;
+  float* out;  // [n]; does not overlap x
 };
 
 struct MemoryState {
@@ -282,6 +295,7 @@ class Backend {
   virtual void route(const OpContext&, const RouteParams&) noexcept = 0;
   virtual void ffn(const OpContext&, const FfnParams&) noexcept = 0;
   virtual void experts(const OpContext&, const ExpertsParams&) noexcept = 0;
+  virtual void add(const OpContext&, const AddParams&) noexcept = 0;
   // Waits for all operations of this context.  Errors: kDevice.
   virtual Status sync(const OpContext&) noexcept = 0;
 };

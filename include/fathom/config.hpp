@@ -48,6 +48,14 @@ constexpr std::string_view ladder_step_name(LadderStep step) noexcept {
   return kNames[static_cast<int>(step)];
 }
 
+// What a placement over several devices is made for: the time of a step of generation, of a prompt,
+// or of both in the proportion of a usual text (2048 tokens read, 512 written).
+enum class PlacementGoal : uint8_t { kDecode, kPrefill, kMix };
+constexpr std::string_view placement_goal_name(PlacementGoal goal) noexcept {
+  constexpr std::string_view kNames[] = {"decode", "prefill", "mix"};
+  return kNames[static_cast<int>(goal)];
+}
+
 struct Config {
   // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
   // devices with budgets of their own.
@@ -96,6 +104,19 @@ struct Config {
   std::optional<int64_t> prefill_chunk;
   // attention.form: absorbed or expanded.  auto: expanded for chunks above the crossover.
   std::optional<AttentionForm> attention_form;
+
+  // placement.layers: pins layers to devices: "cuda:0=0-29,cuda:1=30-59", "*" for all others.  What
+  // lives on a layer's device: attention, its cache pages, norms, router, dense network and shared
+  // experts.  placement.experts: pins routed experts, by layer or by expert of a layer: "cpu=*",
+  // "cuda:1=3-10,cpu=11-59:0-79"; numbers win over "*".  What is not pinned the plan places.
+  std::string placement_layers = "auto";
+  std::string placement_experts = "auto";
+  // placement.embed, placement.head: the device of the embedding, and of the final norm and output
+  // head.
+  std::string placement_embed = "auto";
+  std::string placement_head = "auto";
+  // placement.goal: what the placement makes fast.
+  PlacementGoal placement_goal = PlacementGoal::kDecode;
 
   // weights.type: for plans from a bare config.json, what its weights are taken to be: bf16, f16,
   // fp8, q8_0, q4_k (llama.cpp's Q4_K_M mixture).  auto: what config.json says.  Refused for a

@@ -20,6 +20,7 @@
 #include "fathom/machine.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/model_config.hpp"
+#include "fathom/placement.hpp"
 
 namespace fathom {
 
@@ -35,7 +36,9 @@ struct PlanDevice {
   DeviceKind kind = DeviceKind::kCpu;
   int64_t budget_bytes = 0;
   int64_t granularity = 1;   // commits are multiples of it
-  int64_t first_layer = 0, n_layers = 0;  // the contiguous layers that live here
+  int64_t n_layers = 0;      // layers whose attention and cache live here
+  int64_t n_experts = 0;     // routed experts that live here, over all layers
+  int64_t transfer_bytes = 0;  // staging of one session for copies between other devices
   int64_t kv_page_bytes = 0;              // committed per page of one session
   int64_t kv_hot_page_bytes = 0;          // the same for pages that the policy keeps in 16 bits
   int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
@@ -109,6 +112,7 @@ struct Plan {
 
   std::vector<PlanDevice> devices;
   PlanSpeed speed;
+  Placement placement;  // what lives on which of them
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
   // Cache bytes of one session with `n_tokens` tokens on a device: whole pages.

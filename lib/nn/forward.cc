@@ -1,5 +1,9 @@
 #include "forward.h"
 
+#include <algorithm>
+
+#include "transfer.h"
+
 namespace fathom::nn {
 namespace {
 
@@ -14,11 +18,23 @@ Step step_of(const ForwardParams& p, const Stage& stage) {
           .form = p.form};
 }
 
-// Hands the residual stream to the next device.  One of the two is readable by the host.
-Status copy_residual(const Stage& from, const Stage& to, int64_t bytes) {
+// Hands rows of the residual stream to another device.
+Status hand_over(const ForwardParams& p, const Stage& from, int64_t first_row, const Stage& to,
+                 int64_t n_rows) {
+  const int64_t hidden = p.config.hidden_size;
   FATHOM_TRY(from.device->sync(from.op));
-  if (from.device->host_accessible()) return to.device->upload(to.scratch.x, from.scratch.x, bytes);
-  return from.device->download(to.scratch.x, from.scratch.x, bytes);
+  FATHOM_TRY(to.device->sync(to.op));  // of a pass before this one
+  return transfer(*from.device, from.scratch.x + first_row * hidden, *to.device, to.scratch.x,
+                  n_rows * hidden * static_cast<int64_t>(sizeof(float)), p.staging);
+}
+
+const Stage& stage_of(const ForwardParams& p, int device) {
+  return p.stages[static_cast<size_t>(device)];
+}
+
+bool experts_apart(const LayerPlacement& layer) {
+  return std::any_of(layer.experts.begin(), layer.experts.end(),
+                     [&](const ExpertSpan& span) { return span.device != layer.device; });
 }
 
 Status trace_point(const ForwardParams& p, const Stage& stage, std::string_view name, int64_t layer,
@@ -42,52 +58,82 @@ Status trace_layer(const ForwardParams& p, const Stage& stage, int64_t layer) {
 
 }  // namespace
 
-Status forward(const ForwardParams& p) {
+Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_layer) {
   const ModelConfig& c = p.config;
-  const int64_t n = static_cast<int64_t>(p.tokens.size());
-  for (size_t i = 0; i < p.stages.size(); ++i) {
-    const Stage& stage = p.stages[i];
-    const Step step = step_of(p, stage);
-    if (i == 0) {
-      stage.device->embed(stage.op, {p.tokens.data(), n, &p.weights.embed, stage.scratch.x});
-      if (p.trace) FATHOM_TRY(trace_point(p, stage, "embed", -1, stage.scratch.x, c.hidden_size));
-    } else {
-      FATHOM_TRY(copy_residual(p.stages[i - 1], stage,
-                               n * c.hidden_size * static_cast<int64_t>(sizeof(float))));
-    }
-    for (const Sequence& sequence : p.sequences)
-      stage.device->rope_table(
-          stage.op, {.inv_freq = p.rope.inv_freq.data(),
-                     .multiplier = p.rope.multiplier,
-                     .rope_dim = c.qk_rope_head_dim,
-                     .first_position = sequence.first_position,
-                     .n_tokens = sequence.n_tokens,
-                     .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
-    for (int64_t slot = 0; slot < stage.n_layers; ++slot) {
-      if (p.cancelled && p.cancelled(p.cancelled_arg)) {
-        FATHOM_TRY(stage.device->sync(stage.op));
-        return Status(Code::kCancelled, "cancelled");
-      }
-      const int64_t layer = stage.first_layer + slot;
-      const LayerWeights& w = p.weights.layers[static_cast<size_t>(layer)];
-      mla_attention(step, w, {static_cast<int>(i), slot});
-      for (const Sequence& sequence : p.sequences)
-        if (Status brought = sequence.cache->status(); !brought.ok()) {
-          FATHOM_TRY(stage.device->sync(stage.op));
-          return brought;
-        }
-      feed_forward(step, w, c.is_moe_layer(layer));
-      if (p.trace) FATHOM_TRY(trace_layer(p, stage, layer));
-    }
+  const auto n = static_cast<int64_t>(p.tokens.size());
+  const int device = p.placement.layers[first_layer].device;
+  const Stage& stage = stage_of(p, device);
+  int at = first_layer > 0 ? p.placement.layers[first_layer - 1].device : p.placement.embed_device;
+  if (first_layer == 0) {
+    const Stage& embed = stage_of(p, at);
+    embed.device->embed(embed.op, {p.tokens.data(), n, &p.weights.embed, embed.scratch.x});
+    if (p.trace) FATHOM_TRY(trace_point(p, embed, "embed", -1, embed.scratch.x, c.hidden_size));
   }
-  const Stage& last = p.stages.back();
+  if (at != device) FATHOM_TRY(hand_over(p, stage_of(p, at), 0, stage, n));
+
+  for (size_t l = first_layer; l < end_layer; ++l) {
+    const LayerPlacement& place = p.placement.layers[l];
+    const LayerWeights& w = p.weights.layers[l];
+    if (p.cancelled && p.cancelled(p.cancelled_arg)) {
+      FATHOM_TRY(stage.device->sync(stage.op));
+      return Status(Code::kCancelled, "cancelled");
+    }
+    if (place.slot == 0)  // the device's first layer: the rotations for all of them
+      for (const Sequence& sequence : p.sequences)
+        stage.device->rope_table(
+            stage.op, {.inv_freq = p.rope.inv_freq.data(),
+                       .multiplier = p.rope.multiplier,
+                       .rope_dim = c.qk_rope_head_dim,
+                       .first_position = sequence.first_position,
+                       .n_tokens = sequence.n_tokens,
+                       .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
+    const Step step = step_of(p, stage);
+    mla_attention(step, w, {device, place.slot});
+    for (const Sequence& sequence : p.sequences)
+      if (Status brought = sequence.cache->status(); !brought.ok()) {
+        FATHOM_TRY(stage.device->sync(stage.op));
+        return brought;
+      }
+    if (experts_apart(place))
+      FATHOM_TRY(feed_forward_apart(step, w, place, p.stages, p.staging));
+    else
+      feed_forward(step, w, c.is_moe_layer(static_cast<int64_t>(l)));
+    if (p.trace) FATHOM_TRY(trace_layer(p, stage, static_cast<int64_t>(l)));
+  }
+  return {};
+}
+
+size_t run_end(const Placement& placement, size_t first_layer) noexcept {
+  size_t end = first_layer + 1;
+  while (end < placement.layers.size() &&
+         placement.layers[end].device == placement.layers[first_layer].device)
+    ++end;
+  return end;
+}
+
+Status forward(const ForwardParams& p) {
+  for (size_t l = 0; l < p.placement.layers.size();) {
+    const size_t end = run_end(p.placement, l);
+    FATHOM_TRY(forward_layers(p, l, end));
+    l = end;
+  }
+  const Stage& last = stage_of(p, p.placement.layers.back().device);
   return last.device->sync(last.op);
 }
 
-Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows) {
-  const Stage& last = p.stages.back();
-  logits(step_of(p, last), p.weights, first_row, n_rows);
-  return last.device->sync(last.op);
+Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
+                      float* host_logits) {
+  const int last = p.placement.layers.back().device;
+  const Stage& head = stage_of(p, p.placement.head_device);
+  if (p.placement.head_device != last) {
+    FATHOM_TRY(hand_over(p, stage_of(p, last), first_row, head, n_rows));
+    first_row = 0;
+  }
+  logits(step_of(p, head), p.weights, first_row, n_rows);
+  FATHOM_TRY(head.device->sync(head.op));
+  if (host_logits == nullptr) return {};
+  return head.device->download(host_logits, head.scratch.logits,
+                               n_rows * p.config.vocab_size * static_cast<int64_t>(sizeof(float)));
 }
 
 }  // namespace fathom::nn

@@ -10,19 +10,13 @@
 
 namespace fathom::nn {
 
-// A device's part of the pass: its contiguous layers, its scratch, its workspace.
-struct Stage {
-  Backend* device = nullptr;
-  OpContext op;
-  Scratch scratch{};
-  int64_t first_layer = 0, n_layers = 0;
-};
-
 struct ForwardParams {
   const ModelConfig& config;
   const Rope& rope;
   const Weights& weights;
-  std::span<const Stage> stages;  // in the order of their layers; at least one
+  const Placement& placement;
+  std::span<const Stage> stages;  // counted as the devices of the placement
+  std::byte* staging = nullptr;   // staging_bytes() of host memory (transfer.h)
   std::span<const int32_t> tokens;
   // Whose rows they are: one sequence, or several (form absorbed) that share the reading of the
   // weights.  Each cache has room for its new rows.
@@ -34,18 +28,27 @@ struct ForwardParams {
   const Trace* trace = nullptr;
 };
 
-// Runs the pass; the residual stream stays in the last stage's scratch.x.  Writes cache rows but
+// Runs the pass; the residual stream stays in scratch.x of the last layer's device.  Writes cache rows but
 // does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().
 Status forward(const ForwardParams& params);
 
-// After forward(): logits of rows [first_row, first_row + n_rows) of the pass, n_rows <=
-// kLogitRows, into the last stage's scratch.logits.  Errors: kDevice.
-Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_rows);
+// The same in parts, for passes that follow each other through the devices: queues the layers
+// [first_layer, end_layer), all of which live on one device, behind bringing the rows there from
+// the embedding or the layer before; run_end() says how far a device's layers go.  When all parts
+// are queued, the pass ends with a sync() of the last layer's device.
+Status forward_layers(const ForwardParams& params, size_t first_layer, size_t end_layer);
+size_t run_end(const Placement& placement, size_t first_layer) noexcept;
 
-// Workspace bytes that any pass of 1 .. max_tokens rows over layers [first_layer, first_layer +
-// n_layers) asks of `device`: the passes themselves, run over a backend that only measures.
-int64_t measure_workspace(const Backend& device, const ModelConfig& config, const Weights& weights,
-                          int64_t first_layer, int64_t n_layers, int64_t max_tokens, KvType kv_type,
-                          int64_t page_tokens);
+// After forward(): logits of rows [first_row, first_row + n_rows) of the pass, n_rows <=
+// kLogitRows, into scratch.logits of the head's device, and to `host_logits` where it is not null.
+// Errors: kDevice.
+Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_rows,
+                      float* host_logits = nullptr);
+
+// Workspace bytes that any pass of 1 .. max_tokens rows asks of device number `index`: the parts of
+// the pass that live there, run over a backend that only measures.
+int64_t measure_workspace(const Backend& device, int index, const ModelConfig& config,
+                          const Weights& weights, const Placement& placement, int64_t max_tokens,
+                          KvType kv_type, int64_t page_tokens);
 
 }  // namespace fathom::nn

@@ -8,6 +8,7 @@
 #include "fathom/backend.hpp"
 #include "fathom/config.hpp"
 #include "fathom/model_config.hpp"
+#include "fathom/placement.hpp"
 #include "rope.h"
 #include "weights.h"
 
@@ -19,12 +20,24 @@ inline constexpr int64_t kAbsorbedRows = 32;
 // Rows of logits computed at a time when all positions are wanted.
 inline constexpr int64_t kLogitRows = 8;
 
-// Buffers of one pass over n_tokens rows on one device.  All f32 but the ids.  Nothing here has a
-// factor of the context length.
+// What a device does in a pass, and so which buffers it needs.
+struct DeviceRoles {
+  bool embed = false;   // looks the tokens up
+  bool layers = false;  // attention and what goes with it
+  bool guests = false;  // routed experts of layers that live elsewhere
+  bool head = false;    // final norm and logits
+
+  static DeviceRoles of(const Placement& placement, int device) noexcept;
+  static constexpr DeviceRoles all() noexcept { return {true, true, true, true}; }
+};
+
+// Buffers of one pass over n_tokens rows on one device; those that its roles do not need are empty.
+// All f32 but the ids.  Nothing here has a factor of the context length.
 struct Scratch {
   float* logits;   // [min(n_tokens, kLogitRows), vocab_size]; first: outlives the pass
-  float* x;        // [n_tokens, hidden_size] residual stream
-  float* x_norm;   // [n_tokens, hidden_size]
+  float* x;        // [n_tokens, hidden_size] residual stream; [min(n_tokens, kLogitRows), ...] where
+                   // only the head is
+  float* x_norm;   // the same shape
   float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
 
   // Attention.
@@ -40,8 +53,17 @@ struct Scratch {
   float* scores;          // [n_tokens, n_routed_experts]
   int32_t* expert_ids;    // [n_tokens, num_experts_per_tok]
   float* expert_weights;  // [n_tokens, num_experts_per_tok]
+  float* routed;          // [n_tokens, hidden_size] sum over the routed experts
 
-  static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens);
+  static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens,
+                       const DeviceRoles& roles = DeviceRoles::all());
+};
+
+// A device's part of a pass.
+struct Stage {
+  Backend* device = nullptr;
+  OpContext op;
+  Scratch scratch{};
 };
 
 class RowSourceOf;
@@ -106,8 +128,26 @@ int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 // all that are there.  What is left in x is of no use when a cache's status() tells of a failure.
 void mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
 
-// x += ffn(norm(x)): dense, or routed and shared experts.
+// x += ffn(norm(x)): dense, or routed and shared experts, all on this device.
 void feed_forward(const Step& step, const LayerWeights& weights, bool moe) noexcept;
+
+// The parts of it, for layers whose experts live on several devices (experts_apart.cc).
+//   choose_experts   x_norm, expert_ids and expert_weights from x
+//   add_experts      routed (+)= experts of one span; `begin` starts the sum
+//   add_own_network  x += the dense network or the shared experts of x_norm
+//   add_routed       x += routed
+void choose_experts(const Step& step, const LayerWeights& weights) noexcept;
+void add_experts(const Step& step, const ExpertWeights& experts, bool begin) noexcept;
+void add_own_network(const Step& step, const LayerWeights& weights) noexcept;
+void add_routed(const Step& step) noexcept;
+
+// feed_forward() of a MoE layer on stage `home` whose experts are where their spans say: hidden
+// rows and choices go over, the sum comes back, handed on from span to span in ascending order, so
+// that its bits are those of one device.  The shared experts run meanwhile.  `stages` are counted
+// as the devices of the placement; `staging`: see transfer.h.  Errors: kDevice.
+Status feed_forward_apart(const Step& step, const LayerWeights& weights,
+                          const LayerPlacement& placement, std::span<const Stage> stages,
+                          std::byte* staging) noexcept;
 
 // scratch.logits[i, :] = head . norm(x[first_row + i, :]) for n_rows <= kLogitRows rows.
 void logits(const Step& step, const Weights& weights, int64_t first_row, int64_t n_rows) noexcept;

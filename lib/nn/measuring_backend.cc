@@ -69,6 +69,7 @@ class MeasuringBackend final : public Backend {
   void route(const OpContext&, const RouteParams&) noexcept override {}
   void ffn(const OpContext&, const FfnParams& p) noexcept override { see(p); }
   void experts(const OpContext&, const ExpertsParams& p) noexcept override { see(p); }
+  void add(const OpContext&, const AddParams&) noexcept override {}
   Status sync(const OpContext&) noexcept override { return {}; }
 
  private:
@@ -90,28 +91,39 @@ class MeasuringBackend final : public Backend {
 
 }  // namespace
 
-int64_t measure_workspace(const Backend& device, const ModelConfig& config, const Weights& weights,
-                          int64_t first_layer, int64_t n_layers, int64_t max_tokens, KvType kv_type,
-                          int64_t page_tokens) {
+int64_t measure_workspace(const Backend& device, int index, const ModelConfig& config,
+                          const Weights& weights, const Placement& placement, int64_t max_tokens,
+                          KvType kv_type, int64_t page_tokens) {
   MeasuringBackend measuring(device);
   const Rope rope = make_rope(config);
   const MeasuredRows rows(kv_type, {page_tokens, config.kv_lora_rank, config.qk_rope_head_dim});
+  const DeviceRoles roles = DeviceRoles::of(placement, index);
 
   // Workspaces grow with the rows of a pass, so the longest pass of each form decides; the
   // smallest is asked too, since few rows may take other kernels.
   const auto pass = [&](int64_t n, AttentionForm form) {
     // Addresses are never followed; a made-up base keeps pointer arithmetic defined.
     Arena arena(reinterpret_cast<void*>(uintptr_t{Arena::kAlignment}), INT64_MAX);
-    const Scratch scratch = Scratch::carve(arena, config, n);
+    const Scratch scratch = Scratch::carve(arena, config, n, roles);
     const Sequence sequence{&rows, 0, n, 0};
     const Step step{measuring, {}, config, rope, scratch, n, {&sequence, 1}, form};
-    for (int64_t l = first_layer; l < first_layer + n_layers; ++l) {
-      const LayerWeights& w = weights.layers[static_cast<size_t>(l)];
-      mla_attention(step, w, {0, 0});
-      feed_forward(step, w, config.is_moe_layer(l));
+    for (size_t l = 0; l < placement.layers.size(); ++l) {
+      const LayerPlacement& place = placement.layers[l];
+      const LayerWeights& w = weights.layers[l];
+      const bool here = place.device == index;
+      if (here) mla_attention(step, w, {0, 0});
+      if (here && place.experts.empty()) feed_forward(step, w, /*moe=*/false);
+      if (here && !place.experts.empty()) {
+        choose_experts(step, w);
+        add_own_network(step, w);
+      }
+      for (size_t i = 0; i < place.experts.size(); ++i)
+        if (place.experts[i].device == index) add_experts(step, w.experts[i], /*begin=*/i == 0);
     }
-    logits(step, weights, 0, std::min(n, kLogitRows));
-    logits(step, weights, 0, 1);
+    if (roles.head) {
+      logits(step, weights, 0, std::min(n, kLogitRows));
+      logits(step, weights, 0, 1);
+    }
   };
   for (AttentionForm form : {AttentionForm::kAbsorbed, AttentionForm::kExpanded})
     for (int64_t n : {max_tokens, int64_t{1}}) pass(n, form);

@@ -4,29 +4,50 @@
 
 namespace fathom::nn {
 
-Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n) {
+DeviceRoles DeviceRoles::of(const Placement& placement, int device) noexcept {
+  DeviceRoles roles{.embed = placement.embed_device == device,
+                    .head = placement.head_device == device};
+  for (const LayerPlacement& layer : placement.layers) {
+    if (layer.device == device) roles.layers = true;
+    for (const ExpertSpan& span : layer.experts)
+      if (span.device == device && layer.device != device) roles.guests = true;
+  }
+  return roles;
+}
+
+Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const DeviceRoles& roles) {
   Scratch s{};
-  const int64_t heads = c.num_attention_heads;
-  s.logits = arena.take<float>(std::min(n, kLogitRows) * c.vocab_size);
-  s.x = arena.take<float>(n * c.hidden_size);
-  s.x_norm = arena.take<float>(n * c.hidden_size);
-  s.cos_sin = arena.take<float>(n * c.qk_rope_head_dim);
+  const int64_t heads = c.num_attention_heads, logit_rows = std::min(n, kLogitRows);
+  const bool rows = roles.embed || roles.layers;
+  const auto floats = [&](bool needed, int64_t count) {
+    return needed ? arena.take<float>(count) : nullptr;
+  };
+  s.logits = floats(roles.head, logit_rows * c.vocab_size);
+  s.x = floats(rows || roles.head, (rows ? n : logit_rows) * c.hidden_size);
+  const bool all_normed = roles.layers || roles.guests || (rows && roles.head);
+  s.x_norm = floats(all_normed || roles.head, (all_normed ? n : logit_rows) * c.hidden_size);
+  s.cos_sin = floats(roles.layers, n * c.qk_rope_head_dim);
 
   const int64_t mark = arena.mark();
-  const int64_t rows = std::min(n, kAbsorbedRows);
-  s.q_latent = arena.take<float>(n * c.q_lora_rank);
-  s.q = arena.take<float>(n * heads * c.qk_head_dim());
-  s.kv = arena.take<float>(n * c.kv_row_dim());
-  s.attn = arena.take<float>(n * heads * c.v_head_dim);
-  s.attn_state.max = arena.take<float>(n * heads);
-  s.attn_state.sum = arena.take<float>(n * heads);
-  s.q_absorbed = arena.take<float>(rows * heads * c.kv_lora_rank);
-  s.attn_absorbed = arena.take<float>(rows * heads * c.kv_lora_rank);
+  if (roles.layers) {
+    const int64_t absorbed = std::min(n, kAbsorbedRows);
+    s.q_latent = arena.take<float>(n * c.q_lora_rank);
+    s.q = arena.take<float>(n * heads * c.qk_head_dim());
+    s.kv = arena.take<float>(n * c.kv_row_dim());
+    s.attn = arena.take<float>(n * heads * c.v_head_dim);
+    s.attn_state.max = arena.take<float>(n * heads);
+    s.attn_state.sum = arena.take<float>(n * heads);
+    s.q_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
+    s.attn_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
+  }
 
   arena.rewind(mark);
-  s.scores = arena.take<float>(n * c.n_routed_experts);
-  s.expert_ids = arena.take<int32_t>(n * c.num_experts_per_tok);
-  s.expert_weights = arena.take<float>(n * c.num_experts_per_tok);
+  if (c.n_routed_experts > 0 && (roles.layers || roles.guests)) {
+    s.scores = floats(roles.layers, n * c.n_routed_experts);
+    s.expert_ids = arena.take<int32_t>(n * c.num_experts_per_tok);
+    s.expert_weights = arena.take<float>(n * c.num_experts_per_tok);
+    s.routed = arena.take<float>(n * c.hidden_size);
+  }
   arena.rewind(mark);
   return s;
 }

@@ -62,15 +62,15 @@ std::string shape_text(const io::TensorInfo& t) {
 // Walks the layers and fills a WeightMap; the first problem is kept and ends the walk.
 class WeightMapper {
  public:
-  WeightMapper(const io::TensorFile& file, std::span<const int> layer_device,
+  WeightMapper(const io::TensorFile& file, const Placement& placement,
                std::span<const std::unique_ptr<Backend>> devices)
-      : file_(file), c_(file.config()), layer_device_(layer_device), devices_(devices) {}
+      : file_(file), c_(file.config()), placement_(placement), devices_(devices) {}
 
   Result<WeightMap> run() {
     map_.weights_ = std::make_unique<Weights>();
     Weights& w = *map_.weights_;
     w.layers.resize(static_cast<size_t>(c_.num_hidden_layers));
-    const int first = layer_device_.front(), last = layer_device_.back();
+    const int first = placement_.embed_device, last = placement_.head_device;
     const Purpose weights = Purpose::kWeights;
 
     matrix(w.embed, kEmbed, -1, first, weights, c_.vocab_size, c_.hidden_size);
@@ -199,30 +199,31 @@ class WeightMapper {
     map_.items_.push_back(std::move(item));
   }
 
-  // `count` matrices stacked in one tensor.
-  void stacked(Weight& target, const std::string& name, int device, Purpose purpose, int64_t count,
-               int64_t rows, int64_t cols) {
+  // `span` of the `count` matrices stacked in one tensor, on the span's device.
+  void stacked(Weight& target, const std::string& name, const ExpertSpan& span, Purpose purpose,
+               int64_t count, int64_t rows, int64_t cols) {
     const io::TensorInfo* t = require(name, count * rows, cols);
     if (t == nullptr) return;
     std::vector<RowSource> sources;
-    for (int64_t i = 0; i < count; ++i) sources.push_back({t, i * rows, nullptr});
+    for (int64_t i = span.first; i < span.first + span.count; ++i)
+      sources.push_back({t, i * rows, nullptr});
     if (t->dtype == DType::kF8E4M3)
       return fail(Code::kUnsupported, name, fmt::format("tensor {}: stacked FP8 tensors", name));
-    add(target, device, purpose, rows, cols, std::move(sources));
+    add(target, span.device, purpose, rows, cols, std::move(sources));
   }
 
-  void experts(Weight& target, const RoleName& role, int64_t layer, int device, int64_t rows,
-               int64_t cols) {
-    const int64_t n = c_.n_routed_experts;
+  void experts(Weight& target, const RoleName& role, int64_t layer, const ExpertSpan& span,
+               int64_t rows, int64_t cols) {
     if (file_.format() == io::FileFormat::kGguf)
-      return stacked(target, name_of(role, layer), device, Purpose::kExperts, n, rows, cols);
+      return stacked(target, name_of(role, layer), span, Purpose::kExperts, c_.n_routed_experts,
+                     rows, cols);
     std::vector<RowSource> sources;
-    for (int64_t e = 0; e < n; ++e) {
+    for (int64_t e = span.first; e < span.first + span.count; ++e) {
       const io::TensorInfo* t = require(name_of(role, layer, e), rows, cols);
       if (t == nullptr) return;
       sources.push_back({t, 0, scales_of(*t)});
     }
-    add(target, device, Purpose::kExperts, rows, cols, std::move(sources));
+    add(target, span.device, Purpose::kExperts, rows, cols, std::move(sources));
   }
 
   // kv_b_proj by head: split as GGUF's newer layouts have it, or cut out of the one tensor.
@@ -232,8 +233,9 @@ class WeightMapper {
     if (file_.format() == io::FileFormat::kGguf && find(kKB, l) != nullptr) {
       mla_layout_ = find(kKvB, l) != nullptr ? "attn_k_b + attn_v_b (attn_kv_b ignored)"
                                              : "attn_k_b + attn_v_b";
-      stacked(w.k_b, name_of(kKB, l), device, Purpose::kWeights, heads, rank, nope);
-      stacked(w.v_b, name_of(kVB, l), device, Purpose::kWeights, heads, v, rank);
+      const ExpertSpan all{device, 0, heads};
+      stacked(w.k_b, name_of(kKB, l), all, Purpose::kWeights, heads, rank, nope);
+      stacked(w.v_b, name_of(kVB, l), all, Purpose::kWeights, heads, v, rank);
       return;
     }
     mla_layout_ = "kv_b in one piece, cut by head";
@@ -252,7 +254,8 @@ class WeightMapper {
 
   void layer(int64_t l) {
     LayerWeights& w = map_.weights_->layers[static_cast<size_t>(l)];
-    const int device = layer_device_[static_cast<size_t>(l)];
+    const LayerPlacement& place = placement_.layers[static_cast<size_t>(l)];
+    const int device = place.device;
     const int64_t hidden = c_.hidden_size, heads = c_.num_attention_heads;
     const int64_t q_rows = heads * c_.qk_head_dim();
     const Purpose weights = Purpose::kWeights;
@@ -284,9 +287,14 @@ class WeightMapper {
     else if (c_.topk_method == TopkMethod::kNoauxTc)
       fail(Code::kFormat, name_of(kRouterBias, l),
            fmt::format("tensor {} is missing", name_of(kRouterBias, l)));
-    experts(w.gate_exps, kGateExps, l, device, moe, hidden);
-    experts(w.up_exps, kUpExps, l, device, moe, hidden);
-    experts(w.down_exps, kDownExps, l, device, hidden, moe);
+    w.experts.resize(place.experts.size());  // items point into it
+    for (size_t i = 0; i < place.experts.size(); ++i) {
+      const ExpertSpan& span = place.experts[i];
+      w.experts[i].first = span.first;
+      experts(w.experts[i].gate, kGateExps, l, span, moe, hidden);
+      experts(w.experts[i].up, kUpExps, l, span, moe, hidden);
+      experts(w.experts[i].down, kDownExps, l, span, hidden, moe);
+    }
     if (shared > 0) {
       matrix(w.gate, kSharedGate, l, device, weights, shared, hidden);
       matrix(w.up, kSharedUp, l, device, weights, shared, hidden);
@@ -296,7 +304,7 @@ class WeightMapper {
 
   const io::TensorFile& file_;
   const ModelConfig& c_;
-  std::span<const int> layer_device_;
+  const Placement& placement_;
   std::span<const std::unique_ptr<Backend>> devices_;
   WeightMap map_;
   std::map<DType, int> types_;
@@ -304,9 +312,9 @@ class WeightMapper {
   Status status_;
 };
 
-Result<WeightMap> WeightMap::create(const io::TensorFile& file, std::span<const int> layer_device,
+Result<WeightMap> WeightMap::create(const io::TensorFile& file, const Placement& placement,
                                     std::span<const std::unique_ptr<Backend>> devices) {
-  return WeightMapper(file, layer_device, devices).run();
+  return WeightMapper(file, placement, devices).run();
 }
 
 }  // namespace fathom::nn

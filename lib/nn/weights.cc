@@ -126,14 +126,15 @@ int64_t WeightMap::n_params() const noexcept {
 }
 
 int64_t WeightMap::n_params_active(const ModelConfig& c) const noexcept {
-  int64_t n = 0;
+  int64_t n = 0, chosen = 0;
   for (const WeightItem& item : items_) {
-    const int64_t used = item.purpose == Purpose::kExperts ? c.num_experts_per_tok
-                         : item.target == &weights_->embed ? 0  // one row of it
-                                                           : item.weight.count;
-    n += used * item.weight.rows * item.weight.cols;
+    const int64_t matrix = item.weight.rows * item.weight.cols;
+    if (item.purpose == Purpose::kExperts)  // spans of a layer add up to all its experts
+      chosen += c.num_experts_per_tok * item.weight.count * matrix;
+    else if (item.target != &weights_->embed)  // of which one row is used
+      n += item.weight.count * matrix;
   }
-  return n;
+  return n + (c.n_routed_experts > 0 ? chosen / c.n_routed_experts : 0);
 }
 
 }  // namespace fathom::nn

@@ -17,9 +17,16 @@
 #include "fathom/backend.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/model_config.hpp"
+#include "fathom/placement.hpp"
 #include "fathom/status.hpp"
 
 namespace fathom::nn {
+
+// Routed experts [first, first + gate.count) of a layer, on one device.
+struct ExpertWeights {
+  int64_t first = 0;
+  Weight gate, up, down;  // count: experts of the span
+};
 
 // One layer.  Shapes are [out features, in features]; names follow modeling_deepseek.py.
 struct LayerWeights {
@@ -43,12 +50,12 @@ struct LayerWeights {
   // MoE layers only.
   Weight router;                         // [n_routed_experts, hidden_size]
   const float* router_bias = nullptr;    // [n_routed_experts] e_score_correction_bias, or null
-  Weight gate_exps, up_exps, down_exps;  // count == n_routed_experts
+  std::vector<ExpertWeights> experts;    // the spans of the placement, ascending
 };
 
 struct Weights {
-  Weight embed;                       // [vocab_size, hidden_size], on the first layer's device
-  const float* final_norm = nullptr;  // [hidden_size], on the last layer's device
+  Weight embed;                       // [vocab_size, hidden_size]
+  const float* final_norm = nullptr;  // [hidden_size], on the head's device
   Weight head;                        // [vocab_size, hidden_size], likewise; may share embed's data
   std::vector<LayerWeights> layers;
 };
@@ -74,10 +81,10 @@ struct WeightItem {
 
 class WeightMap {
  public:
-  // Finds and checks every tensor.  `layer_device` [num_hidden_layers] says where layers live.
+  // Finds and checks every tensor.  `placement` says where each part lives.
   // The file must outlive the map.  Errors: kFormat (missing tensor, wrong shape: names both),
   // kUnsupported (a type without kernels).
-  static Result<WeightMap> create(const io::TensorFile& file, std::span<const int> layer_device,
+  static Result<WeightMap> create(const io::TensorFile& file, const Placement& placement,
                                   std::span<const std::unique_ptr<Backend>> devices);
 
   // Places all weights of one device and purpose in `arena` and sets their data pointers in

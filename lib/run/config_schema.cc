@@ -13,12 +13,14 @@
 #include <vector>
 
 #include "lib/io/text.h"
+#include "placement_pins.h"
 
 namespace fathom::run {
 namespace {
 
 constexpr std::string_view kAuto = "auto", kNone = "none";
 constexpr std::string_view kFolder = "folder";
+constexpr std::string_view kPins = "placement", kDevice = "device";
 constexpr int64_t kMaxBudget = int64_t{1} << 50;
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 
@@ -33,6 +35,7 @@ constexpr std::string_view kWeightsTypes[] = {"bf16", "f16", "fp8", "q8_0", "q4_
 constexpr std::string_view kTiers[] = {"device", "host", "file"};
 constexpr std::string_view kLadderSteps[] = {"chunk", "spill", "requantise", "file"};
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
+constexpr std::string_view kGoals[] = {"decode", "prefill", "mix"};
 constexpr std::string_view kNumerics[] = {"fast", "exact"};
 constexpr std::string_view kIsas[] = {"auto", "scalar", "avx2", "avx512", "amx"};
 
@@ -100,11 +103,18 @@ Status parse(const Setting& setting, std::string_view key, std::string_view text
         std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 || c < 0; });
     if (!text.starts_with('/') || text.size() > kMost || !printable)
       return refuse(setting, key, text);
+  } else if (setting.unit == kPins) {
+    if (Status s = check_pins(text, setting.key.ends_with("experts")); !s.ok())
+      return std::move(s).in(key).about(key);
+  } else if (setting.unit == kDevice && text == kAuto) {
+    // Left to the plan.
   } else if (!setting.choices.empty()) {
     if (std::find(setting.choices.begin(), setting.choices.end(), text) == setting.choices.end())
       return refuse(setting, key, text);
   } else if (Result<std::vector<std::string>> devices = parse_devices(text); !devices.ok()) {
     return std::move(devices).status().in(key).about(key);
+  } else if (setting.unit == kDevice && devices->size() != 1) {
+    return refuse(setting, key, text);
   }
   out = text;
   return {};
@@ -203,10 +213,13 @@ template <auto Member>
 constexpr Setting row(Setting setting) {
   using Field = FieldOf<Member>;
   setting.takes_auto =
-      IsOptional<Field>::value || std::is_same_v<Field, std::map<std::string, int64_t>>;
+      IsOptional<Field>::value || std::is_same_v<Field, std::map<std::string, int64_t>> ||
+      setting.unit == kPins || setting.unit == kDevice;
   setting.type = IsList<Field>::value       ? "list"
                  : !setting.choices.empty() ? "choice"
                  : setting.unit == kFolder  ? "folder"
+                 : setting.unit == kPins    ? "placement"
+                 : setting.unit == kDevice  ? "device"
                  : setting.unit == "bytes"  ? "bytes"
                  : setting.unit.empty()     ? "devices"
                                             : "integer";
@@ -310,6 +323,32 @@ constexpr Setting kSettings[] = {
          .memory = "expanded needs workspace for a tile of keys and values",
          .text = "Form of attention in prefill, decode is always absorbed; auto: expanded for "
                  "chunks above the crossover."}),
+    row<&Config::placement_layers>(
+        {.key = "placement.layers",
+         .unit = kPins,
+         .memory = "attention weights, cache pages and scratch of the layers move to the device",
+         .text = "Pins layers to devices, such as cuda:0=0-29,cuda:1=*; auto: the plan places them."}),
+    row<&Config::placement_experts>(
+        {.key = "placement.experts",
+         .unit = kPins,
+         .memory = "routed experts move to the device, and to no other",
+         .text = "Pins routed experts by layer or by expert of a layer, such as "
+                 "cpu=*,cuda:0=1-9,cuda:1=10:0-79; auto: the plan places them."}),
+    row<&Config::placement_embed>({.key = "placement.embed",
+                                   .unit = kDevice,
+                                   .memory = "the embedding moves to the device",
+                                   .text = "Device of the embedding; auto: the plan places it."}),
+    row<&Config::placement_head>(
+        {.key = "placement.head",
+         .unit = kDevice,
+         .memory = "output head and logits move to the device",
+         .text = "Device of the final norm and the output head; auto: the plan places them."}),
+    row<&Config::placement_goal>(
+        {.key = "placement.goal",
+         .choices = kGoals,
+         .memory = "which device holds what",
+         .text = "What the placement over several devices makes fast: a step of decode, the prompt "
+                 "(prefill), or both (mix)."}),
     row<&Config::weights_type>(
         {.key = "weights.type",
          .choices = kWeightsTypes,
@@ -366,6 +405,10 @@ std::string Setting::range_text() const {
   const std::string_view either = takes_auto ? "auto or " : "";
   if (type == "list")
     return fmt::format("none, or some of {}, separated by commas", fmt::join(choices, ", "));
+  if (type == "placement")
+    return "auto or device=layers, separated by commas; layers are *, or numbers and ranges such as "
+           "0-3+8; of experts: device=layers:experts";
+  if (type == "device") return "auto or the name of one device";
   if (type == "folder") return "an absolute path of at most 1024 bytes";
   if (!choices.empty()) {
     const std::string words = fmt::format("{}", fmt::join(choices, ", "));

@@ -144,17 +144,23 @@ Work work_of(const FfnParams& p) {
 
 Work work_of(const ExpertsParams& p) {
   const int64_t k = p.num_experts_per_tok;
-  const double touched = experts_touched(p.n_tokens, k, p.gate->count);
+  const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
+  const double share = static_cast<double>(p.gate->count) / static_cast<double>(n_experts);
+  const double touched = share * experts_touched(p.n_tokens, k, n_experts);
   Work work;
   for (const Weight* w : {p.gate, p.up, p.down}) {
     const Work each = products(*w, 1, p.n_tokens * k);
     work.weight_bytes += touched * matrix_bytes(*w);
-    work.other_bytes += each.other_bytes;
-    work.flops += each.flops;
+    work.other_bytes += share * each.other_bytes;
+    work.flops += share * each.flops;
   }
   work.weight_type = p.gate->dtype;
   work.arithmetic = arithmetic_of(p.gate->dtype);
   return work;
+}
+
+Work work_of(const AddParams& p) {
+  return moved(3 * static_cast<double>(p.n) * kF32);
 }
 
 // ---- predictions: the layers themselves, run over a backend that adds up -----------------------

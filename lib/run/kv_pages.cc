@@ -74,7 +74,8 @@ Result<std::unique_ptr<KvPages>> KvPages::create(std::shared_ptr<EngineState> en
   const TierBytes bytes = tier_bytes(options.tiers, options.policy, options.layout, all_host);
   for (Device& device : p.devices_) {
     FATHOM_TRY_ASSIGN(device.staging,
-                      p.engine_->allocate(device.index, Purpose::kStaging, bytes.staging));
+                      p.engine_->allocate(device.index, Purpose::kStaging,
+                                          device.n_layers > 0 ? bytes.staging : 0));
   }
   FATHOM_TRY_ASSIGN(p.bounce_,
                     p.engine_->allocate(p.engine_->host_device, Purpose::kStaging, bytes.bounce));

@@ -33,6 +33,7 @@ MemoryRange::~MemoryRange() {
 }
 
 Status MemoryRange::commit(int64_t offset, int64_t bytes) {
+  if (bytes == 0) return {};
   FATHOM_TRY(ledger_->acquire(device_, purpose_, bytes));
   if (Status s = backend_->commit(base_, offset, bytes); !s.ok()) {
     ledger_->release(device_, purpose_, bytes);
@@ -43,6 +44,7 @@ Status MemoryRange::commit(int64_t offset, int64_t bytes) {
 }
 
 void MemoryRange::decommit(int64_t offset, int64_t bytes) noexcept {
+  if (bytes == 0) return;
   backend_->decommit(base_, offset, bytes);
   ledger_->release(device_, purpose_, bytes);
   committed_ -= bytes;

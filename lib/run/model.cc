@@ -106,8 +106,8 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   auto model = std::make_shared<ModelState>(engine);
   model->plan = plan;
   model->rope = nn::make_rope(plan.model);
-  const std::vector<int> layer_devices = run::Planner::layer_devices(plan);
-  FATHOM_TRY_ASSIGN(auto map, nn::WeightMap::create(file, layer_devices, engine.state()->devices));
+  FATHOM_TRY_ASSIGN(auto map,
+                    nn::WeightMap::create(file, plan.placement, engine.state()->devices));
   FATHOM_TRY(load_tokenizer(*model, std::move(planner.tokenizer())));
   FATHOM_TRY(load_weights(*model, file, map, options));
 

@@ -81,6 +81,30 @@ std::string balance_text(const Plan& plan) {
   return out;
 }
 
+// Layers that lie alike are one entry: [first, last].
+std::string placement_json(const Plan& plan) {
+  const auto name = [&](int device) {
+    return run::json_quote(plan.devices[static_cast<size_t>(device)].name);
+  };
+  const std::vector<LayerPlacement>& layers = plan.placement.layers;
+  std::string list;
+  for (size_t l = 0; l < layers.size();) {
+    size_t end = l + 1;
+    while (end < layers.size() && layers[end].device == layers[l].device &&
+           layers[end].experts == layers[l].experts)
+      ++end;
+    std::string experts;
+    for (const ExpertSpan& span : layers[l].experts)
+      experts += fmt::format("{}{{\"device\": {}, \"first\": {}, \"count\": {}}}",
+                             experts.empty() ? "" : ", ", name(span.device), span.first, span.count);
+    list += fmt::format("{}    {{\"layers\": [{}, {}], \"device\": {}, \"experts\": [{}]}}",
+                        list.empty() ? "" : ",\n", l, end - 1, name(layers[l].device), experts);
+    l = end;
+  }
+  return fmt::format("{{\"embed\": {}, \"head\": {}, \"layers\": [\n{}\n  ]}}",
+                     name(plan.placement.embed_device), name(plan.placement.head_device), list);
+}
+
 }  // namespace
 
 std::string Plan::to_json() const {
@@ -109,16 +133,17 @@ std::string Plan::to_json() const {
                             purposes_json(device, p));
     list += fmt::format(
         "{}    {{\"name\": {}, \"kind\": \"{}\", \"budget_bytes\": {}, \"peak_bytes\": {}, "
-        "\"first_layer\": {}, \"n_layers\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {},\n   "
+        "\"n_layers\": {}, \"n_experts\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {},\n   "
         "  "
         "\"prefill_seconds\": {:.6g}, \"decode_seconds\": {:.6g},\n     \"purposes\": {},\n     "
         "\"phases\": {{{}}}}}",
         list.empty() ? "" : ",\n", run::json_quote(device.name),
         device.kind == DeviceKind::kCpu ? "cpu" : "cuda", device.budget_bytes, device.peak_bytes(),
-        device.first_layer, device.n_layers, device.kv_page_bytes, device.kv_moved_bytes,
+        device.n_layers, device.n_experts, device.kv_page_bytes, device.kv_moved_bytes,
         device.prefill_seconds, device.decode_seconds, purposes_json(device, -1), phases);
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
+  add("placement", placement_json(*this));
   add("predicted",
       fmt::format("{{\"rates\": \"{}\", \"prefill_first_tokens_per_s\": {:.6g}, "
                   "\"prefill_last_tokens_per_s\": {:.6g}, \"decode_first_tokens_per_s\": {:.6g}, "

@@ -6,14 +6,18 @@
 
 #include "../io/tensor_listing.h"
 #include "../nn/forward.h"
+#include "../nn/transfer.h"
 #include "kv_pages.h"
 #include "ladder.h"
+#include "placement_problem.h"
 #include "predict.h"
 
 namespace fathom::run {
 namespace {
 
 constexpr int64_t kDefaultChunk = 512;
+// A context that is left to the plan should hold at least this much.
+constexpr int64_t kHopedContext = 8192;
 constexpr int64_t kPageTargetBytes = int64_t{2} << 20;
 constexpr int64_t kMinPageTokens = 64, kMaxAutoPageTokens = 256;
 
@@ -53,13 +57,33 @@ KvType hot_type(KvType type) {
 
 }  // namespace
 
-SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
-                               const nn::Weights& weights, LayerSpan layers, int64_t chunk,
-                               KvType kv_type, int64_t page_tokens) {
+SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device, const Plan& plan,
+                             int64_t chunk) {
+  SessionBuffers buffers;
+  const Backend& head = *engine.devices[static_cast<size_t>(plan.placement.head_device)];
+  if (device == engine.host_device && !head.host_accessible())  // first, as it outlives the pass
+    buffers.host_logits =
+        arena.take<float>(std::min(chunk, nn::kLogitRows) * plan.model.vocab_size);
+  buffers.scratch = nn::Scratch::carve(arena, plan.model, chunk,
+                                       nn::DeviceRoles::of(plan.placement, device));
+  return buffers;
+}
+
+SessionScratch session_scratch(const EngineState& engine, int device, const Plan& plan,
+                               const nn::Weights& weights, int64_t chunk) {
+  SessionScratch bytes;
   Arena arena;
-  nn::Scratch::carve(arena, config, chunk);
-  return {arena.peak_bytes(), nn::measure_workspace(device, config, weights, layers.first,
-                                                    layers.count, chunk, kv_type, page_tokens)};
+  carve_session(arena, engine, device, plan, chunk);
+  bytes.activations_bytes = arena.peak_bytes();
+  bytes.workspace_bytes = nn::measure_workspace(*engine.devices[static_cast<size_t>(device)],
+                                                device, plan.model, weights, plan.placement, chunk,
+                                                plan.kv_type, plan.kv_page_tokens);
+  if (device == engine.host_device) {
+    std::vector<const Backend*> devices;
+    for (const auto& backend : engine.devices) devices.push_back(backend.get());
+    bytes.staging_bytes = nn::staging_bytes(plan.placement, devices, plan.model, chunk);
+  }
+  return bytes;
 }
 
 int64_t token_history_bytes(int64_t max_tokens) noexcept {
@@ -109,14 +133,6 @@ Result<Planner> Planner::open(const EngineState& engine, const std::string& mode
   return planner;
 }
 
-std::vector<int> Planner::layer_devices(const Plan& plan) {
-  std::vector<int> devices(static_cast<size_t>(plan.model.num_hidden_layers));
-  for (size_t d = 0; d < plan.devices.size(); ++d)
-    for (int64_t l = 0; l < plan.devices[d].n_layers; ++l)
-      devices[static_cast<size_t>(plan.devices[d].first_layer + l)] = static_cast<int>(d);
-  return devices;
-}
-
 Result<Plan> Planner::plan(const Config& config) {
   FATHOM_TRY(config.validate());
   const Config& fixed = engine_->config;
@@ -157,9 +173,9 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   plan.kv_bytes_per_token = c.num_hidden_layers * (layout.latent_row_bytes(plan.kv_type) +
                                                    layout.rope_row_bytes(plan.kv_type));
 
-  FATHOM_TRY(place_layers(config, plan));
-  const std::vector<int> devices = layer_devices(plan);
-  FATHOM_TRY_ASSIGN(nn::WeightMap map, nn::WeightMap::create(*file_, devices, engine_->devices));
+  FATHOM_TRY(place(config, plan));
+  FATHOM_TRY_ASSIGN(nn::WeightMap map,
+                    nn::WeightMap::create(*file_, plan.placement, engine_->devices));
   plan.remarks.insert(plan.remarks.end(), map.remarks.begin(), map.remarks.end());
 
   for (size_t d = 0; d < plan.devices.size(); ++d) {
@@ -186,16 +202,8 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   return plan;
 }
 
-// Contiguous layers in proportion to the budgets.
-Status Planner::place_layers(const Config& config, Plan& plan) const {
-  const int64_t n_layers = plan.model.num_hidden_layers;
-  const auto n_devices = static_cast<int64_t>(engine_->devices.size());
-  if (n_devices > n_layers)
-    return Status(Code::kConfig,
-                  fmt::format("devices: {} devices for {} layers", n_devices, n_layers))
-        .about("devices");
-  double budgets = 0;
-  for (int d = 0; d < n_devices; ++d) {
+Status Planner::place(const Config& config, Plan& plan) const {
+  for (int d = 0; d < static_cast<int>(engine_->devices.size()); ++d) {
     PlanDevice device;
     const Backend& backend = *engine_->devices[static_cast<size_t>(d)];
     device.name = backend.name();
@@ -203,28 +211,57 @@ Status Planner::place_layers(const Config& config, Plan& plan) const {
     device.granularity = backend.granularity();
     const auto it = config.budget.find(device.name);
     device.budget_bytes = it == config.budget.end() ? engine_->ledger.budget(d) : it->second;
-    budgets += static_cast<double>(device.budget_bytes);
     plan.devices.push_back(std::move(device));
   }
-  double share = 0;
-  int64_t first = 0;
-  for (int64_t d = 0; d < n_devices; ++d) {
+  std::vector<std::string> names;
+  for (const PlanDevice& device : plan.devices) names.push_back(device.name);
+  FATHOM_TRY_ASSIGN(const PlacementPins pins, read_pins(config, plan.model, names));
+  FATHOM_TRY(place_model(config, pins, plan));
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
     PlanDevice& device = plan.devices[static_cast<size_t>(d)];
-    share += budgets > 0 ? static_cast<double>(device.budget_bytes) / budgets
-                         : 1.0 / static_cast<double>(n_devices);
-    const int64_t left = n_devices - 1 - d;  // every later device gets at least one layer
-    int64_t end = static_cast<int64_t>(share * static_cast<double>(n_layers) + 0.5);
-    end = d == n_devices - 1 ? n_layers : std::clamp(end, first + 1, n_layers - left);
-    device.first_layer = first;
-    device.n_layers = end - first;
+    device.n_layers = plan.placement.layers_on(d);
+    device.n_experts = plan.placement.experts_on(d);
     const auto page_bytes = [&](KvType type) {
       return committed_bytes(layout_of(plan).page_bytes(type, device.n_layers), device.granularity);
     };
     device.kv_page_bytes = page_bytes(plan.kv_type);
     device.kv_hot_page_bytes = page_bytes(plan.kv_policy.hot_type);
-    first = end;
   }
   return {};
+}
+
+// One device holds all; for several the solver decides, with room for the chunk and context that
+// choose_chunk_and_context() will begin with, or for less where that finds no place.
+Status Planner::place_model(const Config& config, const PlacementPins& pins, Plan& plan) const {
+  const ModelConfig& c = plan.model;
+  if (plan.devices.size() == 1) {
+    plan.placement = Placement::by_layer(
+        c, std::vector<int>(static_cast<size_t>(c.num_hidden_layers), 0));
+    return {};
+  }
+  const int64_t limit = config.context_max.value_or(c.max_position_embeddings);
+  PlacementInputs inputs{.engine = *engine_, .file = *file_, .plan = plan, .pins = pins,
+                         .available = {}};
+  for (size_t d = 0; d < plan.devices.size(); ++d)
+    inputs.available.push_back(budget(plan, static_cast<int>(d)));
+  inputs.host_available = host_limit(plan);
+  inputs.tokenizer_bytes = tokenizer_bytes_;
+  inputs.chunk = config.prefill_chunk.value_or(default_chunk(config, limit));
+  inputs.context = config.context_max.value_or(std::min(limit, kHopedContext));
+  for (;;) {
+    FATHOM_TRY_ASSIGN(const SolverProblem problem, placement_problem(inputs));
+    plan.placement = solve_placement(problem);
+    const bool fits = cost_of(problem, plan.placement).bytes_over == 0;
+    const bool last = inputs.chunk == 1 || config.prefill_chunk;
+    if (fits || last) {
+      for (std::string& line : explain_placement(problem, plan))
+        plan.remarks.push_back(std::move(line));
+      return {};
+    }
+    inputs.chunk = std::max<int64_t>(1, inputs.chunk / 8);
+    if (!config.context_max) inputs.context = std::min(inputs.context, std::max<int64_t>(
+        inputs.context / 8, plan.kv_page_tokens));
+  }
 }
 
 // What this plan may take of a device: its budget without what others on the engine hold.
@@ -258,9 +295,9 @@ void Planner::set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) c
                                                        : AttentionForm::kAbsorbed);
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
-    const SessionScratch scratch = session_scratch(*engine_->devices[d], plan.model, map.weights(),
-                                                   {device.first_layer, device.n_layers}, chunk,
-                                                   plan.kv_type, plan.kv_page_tokens);
+    const SessionScratch scratch =
+        session_scratch(*engine_, static_cast<int>(d), plan, map.weights(), chunk);
+    device.transfer_bytes = scratch.staging_bytes;
     for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
       auto& bytes = device.bytes[index(phase)];
       bytes[index(Purpose::kActivations)] =
@@ -291,7 +328,9 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
       auto& bytes = device.bytes[index(phase)];
       bytes[index(Purpose::kRuntime)] = runtime;
       bytes[index(Purpose::kStaging)] =
-          plan.config.sessions_max * (committed_bytes(tiers.staging, device.granularity) +
+          plan.config.sessions_max * (committed_bytes(device.n_layers > 0 ? tiers.staging : 0,
+                                                      device.granularity) +
+                                      committed_bytes(device.transfer_bytes, device.granularity) +
                                       (static_cast<int>(d) == engine_->host_device
                                            ? committed_bytes(tiers.bounce, device.granularity)
                                            : 0));
@@ -401,7 +440,7 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   const int64_t limit = config.context_max.value_or(trained);
   // A context that is asked for must fit; a free one should hold at least this much before the
   // chunk, which only costs speed, is made smaller for its sake.
-  const int64_t wanted = config.context_max.value_or(std::min<int64_t>(trained, 8192));
+  const int64_t wanted = config.context_max.value_or(std::min(trained, kHopedContext));
 
   // Shorter passes only cost speed, but below this the steps of the ladder cost less.
   constexpr int64_t kShortestBeforeLadder = 64;
@@ -500,10 +539,18 @@ void Planner::add_alternatives(Plan& plan) const {
   }
   if (plan.max_context_feasible > 0)
     candidates.push_back({{"context.max", std::to_string(plan.max_context_feasible)}});
-  if (plan.binding_device >= 0) {
-    const PlanDevice& device = plan.devices[static_cast<size_t>(plan.binding_device)];
-    candidates.push_back({{"budget." + device.name, std::to_string(device.peak_bytes())}});
+  // More memory: for the device that binds, and for all that are short.  Where parts are placed
+  // anew, a little more than they need now, as the solver rounds up.
+  constexpr int64_t kRoom = int64_t{256} << 10;
+  Changes budgets;
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    const PlanDevice& device = plan.devices[d];
+    if (device.peak_bytes() <= budget(plan, static_cast<int>(d))) continue;
+    const int64_t more = plan.devices.size() > 1 ? kRoom : 0;
+    budgets.push_back({"budget." + device.name, std::to_string(device.peak_bytes() + more)});
+    if (static_cast<int>(d) == plan.binding_device) candidates.push_back({budgets.back()});
   }
+  if (budgets.size() > 1) candidates.push_back(budgets);
 
   for (const Changes& changes : candidates) {
     Config changed = config;

@@ -8,26 +8,32 @@
 
 #include "../io/tensor_file.h"
 #include "../io/tokenizer.h"
+#include "../nn/layers.h"
 #include "../nn/weights.h"
 #include "engine_state.h"
 #include "fathom/kv_cache.hpp"
 #include "fathom/plan.hpp"
+#include "placement_pins.h"
 
 namespace fathom::run {
 
-// The contiguous layers of one device.
-struct LayerSpan {
-  int64_t first = 0, count = 0;
-};
-
-// Scratch of one session on one device, for passes of up to plan.prefill_chunk tokens.
+// Scratch of one session on one device, for passes of up to `chunk` tokens; all but the chunk is as
+// planned.  Staging is the host's, for copies between devices that it cannot read.
 struct SessionScratch {
   int64_t activations_bytes = 0;
   int64_t workspace_bytes = 0;
+  int64_t staging_bytes = 0;
 };
-SessionScratch session_scratch(const Backend& device, const ModelConfig& config,
-                               const nn::Weights& weights, LayerSpan layers, int64_t chunk,
-                               KvType kv_type, int64_t page_tokens);
+// Buffers of one session on one device: those of the pass, and on the host a place for logits that
+// the head's device keeps where the host cannot read them.
+struct SessionBuffers {
+  nn::Scratch scratch{};
+  float* host_logits = nullptr;  // [min(chunk, kLogitRows), vocab_size], or null
+};
+SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device, const Plan& plan,
+                             int64_t chunk);
+SessionScratch session_scratch(const EngineState& engine, int device, const Plan& plan,
+                               const nn::Weights& weights, int64_t chunk);
 
 // Host bytes of one session beside cache and scratch: token history and the cache's page tables.
 int64_t session_runtime_bytes(int64_t max_tokens, int64_t page_tokens, int64_t n_tables,
@@ -50,12 +56,12 @@ class Planner {
   io::TensorFile& file() noexcept { return *file_; }
   // Null when the file has no tokenizer; taken by the loader.
   std::unique_ptr<io::TokenizerBuilder>& tokenizer() noexcept { return tokenizer_; }
-  static std::vector<int> layer_devices(const Plan& plan);
 
  private:
   Planner() = default;
   Result<Plan> plan_once(const Config& config) const;
-  Status place_layers(const Config& config, Plan& plan) const;
+  Status place(const Config& config, Plan& plan) const;
+  Status place_model(const Config& config, const PlacementPins& pins, Plan& plan) const;
   void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;
   // The longest context, at most `limit`, with a chunk that leaves room for it.
   int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,

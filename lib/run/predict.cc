@@ -42,8 +42,9 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
   auto clocks = std::make_shared<SimulatedMachine>(machine);
   std::vector<std::unique_ptr<SimulatedBackend>> devices;
   std::vector<nn::Stage> stages;
+  std::byte* staging = nullptr;
+  float* host_logits = nullptr;
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
-    const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
     devices.push_back(std::make_unique<SimulatedBackend>(clocks, d, nullptr));
     // Addresses are never followed; each device has some of its own, so that copies know their
     // ends.
@@ -51,11 +52,15 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     auto* base = reinterpret_cast<void*>(static_cast<uintptr_t>((d + 1) * kAddresses));
     clocks->add_range(base, kAddresses, d);
     Arena arena(base, kAddresses);
-    stages.push_back({.device = devices.back().get(),
-                      .op = {},
-                      .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens),
-                      .first_layer = device.first_layer,
-                      .n_layers = device.n_layers});
+    stages.push_back(
+        {.device = devices.back().get(),
+         .op = {},
+         .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens,
+                                       nn::DeviceRoles::of(plan.placement, d))});
+    if (d == std::max(machine.host(), 0)) {
+      staging = static_cast<std::byte*>(base) + kAddresses / 2;
+      host_logits = reinterpret_cast<float*>(staging + kAddresses / 4);
+    }
   }
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
   const PredictedRows rows(plan, pass.first_position + pass.n_tokens);
@@ -63,12 +68,17 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
   const nn::ForwardParams params{.config = plan.model,
                                  .rope = rope,
                                  .weights = weights,
+                                 .placement = plan.placement,
                                  .stages = stages,
+                                 .staging = staging,
                                  .tokens = tokens,
                                  .sequences = {&sequence, 1},
                                  .form = pass.form};
   PassSeconds out;
-  if (!nn::forward(params).ok() || !nn::forward_logits(params, pass.n_tokens - 1, 1).ok())
+  const bool read_at_once =
+      devices[static_cast<size_t>(plan.placement.head_device)]->host_accessible();
+  if (!nn::forward(params).ok() ||
+      !nn::forward_logits(params, pass.n_tokens - 1, 1, read_at_once ? nullptr : host_logits).ok())
     return out;
   out.total = clocks->now();
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)

@@ -34,13 +34,19 @@ bool SessionState::report(const StepFunction& on_step, Phase phase, int64_t n_ne
   return on_step({phase, n_new, n_tokens, seconds, cache.size_bytes(), memory});
 }
 
+Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t first_row,
+                                    int64_t n_rows) {
+  const nn::Stage& head = stages[static_cast<size_t>(params.placement.head_device)];
+  return nn::forward_logits(params, first_row, n_rows,
+                            head.scratch.logits == logits ? nullptr : logits);
+}
+
 Status SessionState::all_logits(const nn::ForwardParams& params, const RunOptions& options) {
   const auto n = static_cast<int64_t>(params.tokens.size());
   const int64_t vocab = model.config().vocab_size;
   for (int64_t row = 0; row < n; row += nn::kLogitRows) {
     const int64_t count = std::min(nn::kLogitRows, n - row);
-    FATHOM_TRY(nn::forward_logits(params, row, count));
-    const float* logits = stages.back().scratch.logits;
+    FATHOM_TRY(compute_logits(params, row, count));
     for (int64_t i = 0; i < count; ++i)
       if (!options.on_logits(params.sequences.front().first_position + row + i,
                              {logits + i * vocab, static_cast<size_t>(vocab)}))
@@ -49,7 +55,7 @@ Status SessionState::all_logits(const nn::ForwardParams& params, const RunOption
                                   params.sequences.front().first_position + row + i));
     // logits() is the view of the first row: leave the last position's there.
     if (row + count == n && count > 1)
-      std::copy_n(logits + (count - 1) * vocab, vocab, stages.back().scratch.logits);
+      std::copy_n(logits + (count - 1) * vocab, vocab, logits);
   }
   return {};
 }
@@ -69,7 +75,9 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
       .config = model.config(),
       .rope = model.state()->rope,
       .weights = *model.state()->weights,
+      .placement = model.plan().placement,
       .stages = stages,
+      .staging = staging.data(),
       .tokens = taken,
       .sequences = {&sequence, 1},
       .form = decoding == Decoding::kYes ? AttentionForm::kAbsorbed : form_of(n),
@@ -82,7 +90,7 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
     status = all_logits(params, options);
   } else if (status.ok() && want_logits) {
     has_logits = false;
-    status = nn::forward_logits(params, n - 1, 1);
+    status = compute_logits(params, n - 1, 1);
   }
   if (!status.ok()) {
     cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
@@ -163,6 +171,15 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
 
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
     s.timeline().begin(TimelinePhase::kPrefill);
+    // Where the whole prompt finds room: else chunk by chunk, as far as there is room.
+    const int64_t capacity = s.cache.capacity_tokens();
+    const int64_t chunk = std::min(longest, s.chunk);
+    if (total > chunk && s.chunks_overlap(options) && s.cache.reserve(s.n_tokens + total).ok()) {
+      Status status = s.prefill_overlapped(tokens, chunk, control, options);
+      // Rows of unfinished chunks are forgotten, with the pages that only they needed.
+      if (!status.ok()) s.cache.truncate(s.n_tokens, std::max(capacity, s.n_tokens));
+      return status;
+    }
     for (int64_t done = 0; done < total;) {
       const double chunk_start = s.seconds();
       FATHOM_TRY_ASSIGN(const int64_t n, s.pass(tokens.subspan(static_cast<size_t>(done)), longest,
@@ -200,7 +217,7 @@ Status Session::step(int32_t token) {
 
 std::span<const float> Session::logits() const noexcept {
   if (!state_->has_logits) return {};
-  return {state_->stages.back().scratch.logits,
+  return {state_->logits,
           static_cast<size_t>(state_->model.config().vocab_size)};
 }
 std::span<const int32_t> Session::tokens() const noexcept {

@@ -57,14 +57,14 @@ Status check_batch(Sessions sessions, std::span<const int32_t> tokens) {
 Status batch_logits(const nn::ForwardParams& params, Sessions sessions) {
   const auto n = static_cast<int64_t>(sessions.size());
   const int64_t vocab = params.config.vocab_size;
-  const float* logits = params.stages.back().scratch.logits;
+  SessionState& first = leader(sessions);
   for (int64_t row = (n - 1) / nn::kLogitRows * nn::kLogitRows; row >= 0; row -= nn::kLogitRows) {
     const int64_t count = std::min(nn::kLogitRows, n - row);
-    FATHOM_TRY(nn::forward_logits(params, row, count));
+    FATHOM_TRY(first.compute_logits(params, row, count));
     for (int64_t i = 0; i < count; ++i)
       if (row + i > 0)
-        std::copy_n(logits + i * vocab, vocab,
-                    sessions[static_cast<size_t>(row + i)]->state().stages.back().scratch.logits);
+        std::copy_n(first.logits + i * vocab, vocab,
+                    sessions[static_cast<size_t>(row + i)]->state().logits);
   }
   return {};
 }
@@ -79,7 +79,9 @@ Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunC
   const nn::ForwardParams params{.config = first.model.config(),
                                  .rope = first.model.state()->rope,
                                  .weights = *first.model.state()->weights,
+                                 .placement = first.model.plan().placement,
                                  .stages = first.stages,
+                                 .staging = first.staging.data(),
                                  .tokens = tokens,
                                  .sequences = sequences,
                                  .form = AttentionForm::kAbsorbed,

@@ -25,22 +25,20 @@ const KvPage& page_of(const SessionState& s, int stage, int64_t row) noexcept {
 template <class Visit>
 Status each_piece(const SessionState& s, KvType type, int64_t first_row, int64_t n_rows,
                   Visit&& visit) {
-  for (int d = 0; d < static_cast<int>(s.stages.size()); ++d)
-    for (int64_t slot = 0; slot < s.stages[static_cast<size_t>(d)].n_layers; ++slot)
-      for (const bool rope : {false, true}) {
-        const KvLayout& layout = s.cache.pages().options().layout;
-        const int64_t row_bytes =
-            rope ? layout.rope_row_bytes(type) : layout.latent_row_bytes(type);
-        const int64_t plane =
-            slot * layout.layer_bytes(type) + (rope ? layout.rope_plane_offset(type) : 0);
-        for (int64_t row = first_row; row < first_row + n_rows;) {
-          const int64_t in_page = row % layout.page_tokens;
-          const int64_t n = std::min(first_row + n_rows - row, layout.page_tokens - in_page);
-          FATHOM_TRY(
-              visit(d, row / layout.page_tokens, plane + in_page * row_bytes, n * row_bytes));
-          row += n;
-        }
+  for (const LayerPlacement& layer : s.model.plan().placement.layers)
+    for (const bool rope : {false, true}) {
+      const KvLayout& layout = s.cache.pages().options().layout;
+      const int64_t row_bytes = rope ? layout.rope_row_bytes(type) : layout.latent_row_bytes(type);
+      const int64_t plane =
+          layer.slot * layout.layer_bytes(type) + (rope ? layout.rope_plane_offset(type) : 0);
+      for (int64_t row = first_row; row < first_row + n_rows;) {
+        const int64_t in_page = row % layout.page_tokens;
+        const int64_t n = std::min(first_row + n_rows - row, layout.page_tokens - in_page);
+        FATHOM_TRY(visit(layer.device, row / layout.page_tokens, plane + in_page * row_bytes,
+                         n * row_bytes));
+        row += n;
       }
+    }
   return {};
 }
 
@@ -128,7 +126,7 @@ Status write_session(const SessionState& s, const WriteFunction& write, const Ru
   FATHOM_TRY(sink.put(std::as_bytes(std::span(s.tokens, static_cast<size_t>(s.n_tokens)))));
   FATHOM_TRY(sink.end_section());
   if (s.has_logits) {
-    const std::span<const float> logits(s.stages.back().scratch.logits,
+    const std::span<const float> logits(s.logits,
                                         static_cast<size_t>(header.vocab_size));
     FATHOM_TRY(sink.put(std::as_bytes(logits)));
     FATHOM_TRY(sink.end_section());
@@ -187,7 +185,7 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
   s.cache.truncate(0);  // pages come in the types that the file says
   FATHOM_TRY(read_tokens(s, source, header.n_tokens));
   if (header.has_logits) {
-    const std::span<float> logits(s.stages.back().scratch.logits,
+    const std::span<float> logits(s.logits,
                                   static_cast<size_t>(header.vocab_size));
     FATHOM_TRY(source.take(std::as_writable_bytes(logits), "logits"));
     FATHOM_TRY(source.end_section("logits"));

@@ -38,37 +38,45 @@ const char* event_kind(LadderStep step) noexcept {
 }  // namespace
 
 SessionScratch SessionState::scratch_bytes(int device, int64_t n) const {
-  const Plan& plan = model.plan();
-  const PlanDevice& d = plan.devices[static_cast<size_t>(device)];
-  return session_scratch(*model.engine().state()->devices[static_cast<size_t>(device)], plan.model,
-                         *model.state()->weights, {d.first_layer, d.n_layers}, n, plan.kv_type,
-                         plan.kv_page_tokens);
+  return session_scratch(*model.engine().state(), device, model.plan(), *model.state()->weights, n);
 }
 
 Status SessionState::try_scratch(int64_t n) {
   EngineState& engine = *model.engine().state();
   std::vector<MemoryRange> ranges;
+  MemoryRange copies;
   for (int d = 0; d < static_cast<int>(model.plan().devices.size()); ++d) {
     const SessionScratch bytes = scratch_bytes(d, n);
     FATHOM_TRY_ASSIGN(auto activations,
                       engine.allocate(d, Purpose::kActivations, bytes.activations_bytes));
     FATHOM_TRY_ASSIGN(auto workspace,
                       engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
+    if (d == engine.host_device) {
+      FATHOM_TRY_ASSIGN(copies, engine.allocate(d, Purpose::kStaging, bytes.staging_bytes));
+    }
     ranges.push_back(std::move(activations));
     ranges.push_back(std::move(workspace));
   }
   scratch = std::move(ranges);
+  staging = std::move(copies);
   return {};
 }
 
 // The last logits lie first and stay where they are.
 void SessionState::carve_scratch(int64_t n) {
+  const Plan& plan = model.plan();
   for (size_t i = 0; i < stages.size(); ++i) {
     const MemoryRange &activations = scratch[2 * i], &workspace = scratch[2 * i + 1];
     Arena arena(activations.data(), activations.size_bytes());
-    stages[i].scratch = nn::Scratch::carve(arena, model.plan().model, n);
+    const SessionBuffers buffers =
+        carve_session(arena, *model.engine().state(), static_cast<int>(i), plan, n);
+    stages[i].scratch = buffers.scratch;
     stages[i].op = {workspace.data(), workspace.size_bytes()};
+    if (buffers.host_logits != nullptr) logits = buffers.host_logits;
   }
+  if (model.engine().state()->devices[static_cast<size_t>(plan.placement.head_device)]
+          ->host_accessible())
+    logits = stages[static_cast<size_t>(plan.placement.head_device)].scratch.logits;
   chunk = n;
 }
 
@@ -102,9 +110,7 @@ Status SessionState::take_scratch() {
   for (size_t d = 0; d < plan.devices.size(); ++d)
     stages.push_back({.device = model.engine().state()->devices[d].get(),
                       .op = {},
-                      .scratch = {},
-                      .first_layer = plan.devices[d].first_layer,
-                      .n_layers = plan.devices[d].n_layers});
+                      .scratch = {}});
   carve_scratch(chunk);
   if (chunk < plan.prefill_chunk) tell_chunk(plan.prefill_chunk, 0);
   return {};
@@ -121,9 +127,11 @@ int64_t SessionState::chunk_gain(int device) const {
   const auto stage = static_cast<size_t>(device);
   const int64_t granularity = stages[stage].device->granularity();
   const SessionScratch bytes = scratch_bytes(device, shorter);
-  return scratch[2 * stage].size_bytes() + scratch[2 * stage + 1].size_bytes() -
-         committed_bytes(bytes.activations_bytes, granularity) -
-         committed_bytes(bytes.workspace_bytes, granularity);
+  const bool host = device == model.engine().state()->host_device;
+  return scratch[2 * stage].size_bytes() + scratch[2 * stage + 1].size_bytes() +
+         (host ? staging.size_bytes() : 0) - committed_bytes(bytes.activations_bytes, granularity) -
+         committed_bytes(bytes.workspace_bytes, granularity) -
+         committed_bytes(bytes.staging_bytes, granularity);
 }
 
 void SessionState::lower_chunk() {
@@ -136,6 +144,8 @@ void SessionState::lower_chunk() {
     };
     shrink(scratch[2 * i], bytes.activations_bytes);
     shrink(scratch[2 * i + 1], bytes.workspace_bytes);
+    if (static_cast<int>(i) == model.engine().state()->host_device)
+      shrink(staging, bytes.staging_bytes);
   }
   carve_scratch(shorter);
 }

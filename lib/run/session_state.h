@@ -30,9 +30,17 @@ class SessionState final : public nn::RowSourceOf {
                        const RunOptions& options, Decoding decoding);
   // After a pass: the rows it wrote count, and these are their tokens.
   void append(std::span<const int32_t> ids) noexcept;
+  // Prefill with chunks on several devices at once (session_pipeline.cc): whether it can be done
+  // here, and doing it for a prompt of more than one chunk, for which the cache has room.  Finished
+  // chunks stay after a failure.
+  bool chunks_overlap(const RunOptions& options) const;
+  Status prefill_overlapped(std::span<const int32_t> prompt, int64_t chunk,
+                            const RunControl& control, const RunOptions& options);
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
+  // Logits of rows of the pass, into `logits`.
+  Status compute_logits(const nn::ForwardParams& params, int64_t first_row, int64_t n_rows);
   double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock
 
   // ---- memory that ends: session_grow.cc ----
@@ -68,7 +76,9 @@ class SessionState final : public nn::RowSourceOf {
   Model model;  // keeps weights and engine alive; outlives the ranges below
   KVCache cache;
   std::vector<MemoryRange> scratch;  // activations and workspace of each stage
-  std::vector<nn::Stage> stages;
+  std::vector<nn::Stage> stages;     // one per device of the engine
+  MemoryRange staging;               // for copies between devices
+  float* logits = nullptr;           // host memory; the first row is that of the last token
   MemoryRange history;  // int32_t [max_tokens]
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;

@@ -276,14 +276,21 @@ class ReferenceBackend final : public Backend {
   }
 
   void experts(const OpContext&, const ExpertsParams& p) noexcept override {
+    if (!p.add) std::fill_n(p.out, p.n_tokens * p.down->rows, 0.0f);
     for (int64_t t = 0; t < p.n_tokens; ++t)
       for (int64_t k = 0; k < p.num_experts_per_tok; ++k) {
         const int64_t at = t * p.num_experts_per_tok + k;
+        const int64_t expert = p.ids[at] - p.first_expert;
+        if (expert < 0 || expert >= p.gate->count) continue;
         const Matrix y = network(rows_of(p.x + t * p.gate->cols, 0, 1, p.gate->cols), p.gate, p.up,
-                                 p.down, p.ids[at]);
+                                 p.down, expert);
         for (int64_t i = 0; i < y.cols(); ++i)
           p.out[t * y.cols() + i] += static_cast<float>(y(0, i) * double{p.weights[at]});
       }
+  }
+
+  void add(const OpContext&, const AddParams& p) noexcept override {
+    for (int64_t i = 0; i < p.n; ++i) p.out[i] += p.x[i];
   }
 
   Status sync(const OpContext&) noexcept override { return {}; }

@@ -1,0 +1,54 @@
+// Placement: which device holds which part of a model.  A value of the plan; no device is special:
+// embedding and output head are items like all others.
+//
+//   layer 0   cuda:0   attention, cache pages, norms, dense network
+//   layer 1   cuda:0   attention, cache pages, norms, router, shared experts
+//             cuda:0     experts   0 ..  95
+//             cpu        experts  96 .. 255
+//   ...
+//
+// Devices are counted as Config::devices names them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fathom/model_config.hpp"
+
+namespace fathom {
+
+// Routed experts [first, first + count) of a layer.
+struct ExpertSpan {
+  int device = 0;
+  int64_t first = 0, count = 0;
+  bool operator==(const ExpertSpan&) const = default;
+};
+
+struct LayerPlacement {
+  int device = 0;    // attention and its cache pages, norms, router, dense network, shared experts
+  int64_t slot = 0;  // which of that device's layers, counted from 0
+  // Ascending, without gaps, all n_routed_experts; empty in dense layers.
+  std::vector<ExpertSpan> experts;
+  bool operator==(const LayerPlacement&) const = default;
+};
+
+struct Placement {
+  int embed_device = 0;
+  int head_device = 0;  // final norm and output head
+  std::vector<LayerPlacement> layers;
+
+  // Everything of a layer on the device named for it; embedding and head with the first and last
+  // layer.  `layer_device` [num_hidden_layers].
+  static Placement by_layer(const ModelConfig& config, const std::vector<int>& layer_device);
+  // Numbers the layers of every device anew; to be called after devices were changed.
+  void number_slots();
+
+  int64_t layers_on(int device) const noexcept;
+  // Experts of other devices' layers, or of its own, that a device holds.
+  int64_t experts_on(int device) const noexcept;
+  bool uses(int device) const noexcept;
+  bool operator==(const Placement&) const = default;
+};
+
+}  // namespace fathom

@@ -1,0 +1,351 @@
+// Placement over several devices: the same bits wherever layers, experts, embedding and head live;
+// what is pinned stays pinned; every device keeps its plan and its budget.
+#include <algorithm>
+#include <catch2/catch.hpp>
+
+#include "lib/run/engine_state.h"
+#include "support/golden.h"
+#include "support/loaded_model.h"
+
+namespace fathom {
+namespace {
+
+std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
+  std::vector<int32_t> tokens(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i)
+    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
+  return tokens;
+}
+
+// Logits of every position of a prompt cut into chunks, then of a few steps.
+std::vector<float> run(const Model& model) {
+  const auto tokens = some_tokens(90, model.config().vocab_size);
+  Session session = test::new_session(model);
+  std::vector<float> all;
+  RunOptions options;
+  options.on_logits = [&](int64_t, std::span<const float> row) {
+    all.insert(all.end(), row.begin(), row.end());
+    return true;
+  };
+  test::require_ok(session.prefill(tokens, options));
+  for (int32_t token : {3, 1, 4}) {
+    test::require_ok(session.step(token));
+    all.insert(all.end(), session.logits().begin(), session.logits().end());
+  }
+  return all;
+}
+
+// What every device holds now is what the plan says of decoding, and never was over its budget.
+void check_ledger(const Model& model) {
+  const Plan& plan = model.plan();
+  const MemorySnapshot now = model.engine().memory();
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
+    const PlanDevice& device = plan.devices[static_cast<size_t>(d)];
+    INFO(device.name);
+    CHECK(now.devices[static_cast<size_t>(d)].bytes_peak <= device.peak_bytes());
+    CHECK(device.peak_bytes() <= device.budget_bytes);
+    for (Purpose purpose : {Purpose::kWeights, Purpose::kExperts}) {
+      INFO(purpose_name(purpose));
+      CHECK(now.item(d, purpose).bytes_now == device.planned(purpose));
+    }
+  }
+}
+
+const char* const kGoldenModels[] = {
+    "models/tiny-v2",
+    "models/tiny-v2-lite",
+    "models/tiny-v2-lite-sharded",
+    "models/tiny-v3",
+    "models/tiny-v3-fp8",
+    "gguf/tiny-v2.old.F16.gguf",
+    "gguf/tiny-v2.new.BF16.gguf",
+    "gguf/tiny-v2-lite.mid.F16.gguf",
+    "gguf/tiny-v3.new.BF16.gguf",
+    "quant/quant.Q8_0.gguf",
+    "quant/quant.Q4_K_M.gguf",
+};
+
+// The golden models have two or three layers, the first of them dense, and eight experts or, quantised, four.
+const test::Settings kPlacements[] = {
+    {{"devices", "cpu:0,cpu:1"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2,cpu:3"}},
+    // All routed experts elsewhere, as with one card and a host.
+    {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=*"}, {"placement.experts", "cpu:1=*"}},
+    // Experts of a layer on three devices, the layer's own in the middle, first, last and not at all.
+    {{"devices", "cpu:0,cpu:1,cpu:2"},
+     {"placement.layers", "cpu:1=*"},
+     {"placement.experts", "cpu:0=*:0-1,cpu:1=*:2-4,cpu:2=*:5-7"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2"},
+     {"placement.layers", "cpu:0=*"},
+     {"placement.experts", "cpu:0=1:0-1+6-7,cpu:1=1:2-3,cpu:2=1:4-5,cpu:2=2:0-3,cpu:1=2:4-7"}},
+    // Layers that go back and forth, embedding and head on devices of their own.
+    {{"devices", "cpu:0,cpu:1,cpu:2,cpu:3"},
+     {"placement.layers", "cpu:1=*,cpu:2=1"},
+     {"placement.embed", "cpu:0"},
+     {"placement.head", "cpu:3"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2,cpu:3"},
+     {"placement.layers", "cpu:2=*"},
+     {"placement.experts", "cpu:3=*"},
+     {"placement.embed", "cpu:1"},
+     {"placement.head", "cpu:0"}},
+};
+
+TEST_CASE("logits have the same bits wherever the parts of a model live", "[placement]") {
+  for (const char* name : kGoldenModels) {
+    const std::string path = test::test_data(name);
+    const Model one = test::load_model(
+        path, {{"context.max", "100"}, {"prefill.chunk", "33"}, {"threads", "1"}});
+    const std::vector<float> expected = run(one);
+    for (const test::Settings& placement : kPlacements) {
+      test::Settings settings = placement;
+      settings.insert(settings.end(),
+                      {{"context.max", "100"}, {"prefill.chunk", "33"}, {"threads", "1"}});
+      std::string text;
+      for (const auto& [key, value] : placement) text += key + "=" + value + " ";
+      if (text.find("-7") != std::string::npos && one.config().n_routed_experts < 8) continue;
+      INFO(name << " with " << text);
+      const Model model = test::load_model(path, settings);
+      const auto diff = test::first_bit_difference(expected, run(model));
+      CHECK(diff.index == -1);
+      check_ledger(model);
+    }
+  }
+}
+
+TEST_CASE("what is pinned lives where it is pinned", "[placement]") {
+  const Model model = test::load_model(test::test_data("models/tiny-v3"),
+                                       {{"devices", "cpu:0,cpu:1,cpu:2"},
+                                        {"context.max", "64"},
+                                        {"placement.layers", "cpu:1=0,cpu:0=*"},
+                                        {"placement.experts", "cpu:2=*,cpu:0=2,cpu:1=2:3-5"},
+                                        {"placement.embed", "cpu:2"},
+                                        {"placement.head", "cpu:1"}});
+  const Placement& p = model.plan().placement;
+  const int64_t n = model.config().n_routed_experts;
+  CHECK(p.embed_device == 2);
+  CHECK(p.head_device == 1);
+  CHECK(p.layers[0] == LayerPlacement{1, 0, {}});
+  CHECK(p.layers[1] == LayerPlacement{0, 0, {{2, 0, n}}});
+  CHECK(p.layers[2] == LayerPlacement{0, 1, {{0, 0, 3}, {1, 3, 3}, {0, 6, n - 6}}});
+  CHECK(model.plan().devices[2].n_layers == 0);
+  CHECK(model.plan().devices[2].n_experts == n);
+  CHECK(model.plan().devices[2].planned(Purpose::kKv) == 0);
+}
+
+TEST_CASE("pins that cannot be are refused by name", "[placement]") {
+  const Engine engine = [] {
+    auto made = Engine::create(test::config_of({{"devices", "cpu:0,cpu:1"}}));
+    REQUIRE(made.ok());
+    return std::move(made).value();
+  }();
+  const auto refusal = [&](const char* key, const char* value) {
+    Config config = test::config_of({{"devices", "cpu:0,cpu:1"}});
+    Status set = config.set(key, value);
+    if (!set.ok()) return set;
+    return engine.plan(test::test_data("models/tiny-v3"), config).status();
+  };
+  const struct {
+    const char *key, *value, *says;
+  } cases[] = {
+      {"placement.layers", "cpu:0", "must be device=layers"},
+      {"placement.layers", "cpu:0=3-1", "numbers or ranges"},
+      {"placement.layers", "cpu:0=1-2+", "numbers or ranges"},
+      {"placement.layers", "cpu:7=0", "has no device"},
+      {"placement.layers", "cpu:0=0-9", "layers 0 to 2"},
+      {"placement.layers", "cpu:0=0-1,cpu:1=1", "layer 1 is pinned to another device"},
+      {"placement.experts", "cpu:0=0", "no layer there has routed experts"},
+      {"placement.experts", "cpu:0=1:0-999", "experts 0 to"},
+      {"placement.experts", "cpu:0=1:0-3,cpu:1=1:3", "expert 3 of layer 1"},
+      {"placement.embed", "cpu:0,cpu:1", "one device"},
+      {"placement.head", "cpu:9", "has no device"},
+  };
+  for (const auto& c : cases) {
+    const Status status = refusal(c.key, c.value);
+    INFO(c.key << " = " << c.value << ": " << status.message());
+    CHECK(status.code() == Code::kConfig);
+    CHECK(status.key() == c.key);
+    CHECK(status.message().find(c.says) != std::string_view::npos);
+  }
+}
+
+TEST_CASE("two devices of 60 % of a model run it, each under its budget at all times",
+          "[placement]") {
+  for (const std::string& path :
+       {std::string(FATHOM_EXAMPLE_MODEL), test::test_data("models/tiny-v3")}) {
+    const test::Settings settings{
+        {"context.max", "600"}, {"prefill.chunk", "32"}, {"threads", "1"}};
+    const Model one = test::load_model(path, settings);
+    const int64_t whole = one.plan().devices[0].peak_bytes();
+    const auto with_share = [&](int percent) {
+      test::Settings more = settings;
+      const std::string budget = std::to_string(whole * percent / 100);
+      more.insert(more.end(), {{"devices", "cpu:0,cpu:1"},
+                               {"budget.cpu:0", budget},
+                               {"budget.cpu:1", budget}});
+      return more;
+    };
+    INFO(path << ", " << whole << " bytes on one device");
+
+    // The observer sees every change before it is made.
+    int64_t most[2] = {0, 0};
+    HostHooks hooks;
+    hooks.memory = [&](int device, Purpose, int64_t, int64_t total) {
+      most[device] = std::max(most[device], total);
+      return true;
+    };
+    const Config config = test::config_of(with_share(60));
+    auto engine = Engine::create(config, hooks);
+    REQUIRE(engine.ok());
+    auto plan = engine->plan(path);
+    REQUIRE(plan.ok());
+    INFO(plan->describe());
+    REQUIRE(plan->feasible);
+    auto model = Model::load(*engine, *plan);
+    INFO(model.status().message());
+    REQUIRE(model.ok());
+    const auto diff = test::first_bit_difference(run(one), run(*model));
+    CHECK(diff.index == -1);
+    Session session = test::new_session(*model);
+    test::require_ok(session.prefill(some_tokens(599, one.config().vocab_size)));
+    test::require_ok(session.step(1));
+    for (int d = 0; d < 2; ++d) {
+      CHECK(most[d] > whole / 4);
+      CHECK(most[d] <= whole * 60 / 100);
+    }
+
+    // Less than the model in all: refused, with what would help, best first, each of it true.
+    auto small = Engine::create(test::config_of(with_share(45)));
+    REQUIRE(small.ok());
+    auto refused = small->plan(path);
+    REQUIRE(refused.ok());
+    CHECK_FALSE(refused->feasible);
+    CHECK(refused->bytes_short > 0);
+    CHECK_FALSE(refused->alternatives.empty());
+    for (const PlanAlternative& alternative : refused->alternatives) {
+      Config changed = test::config_of(with_share(45));
+      for (const auto& [key, value] : alternative.changes) test::require_ok(changed.set(key, value));
+      auto again = small->plan(path, changed);
+      REQUIRE(again.ok());
+      INFO(alternative.text);
+      CHECK(again->feasible);
+    }
+    CHECK(Model::load(*small, *refused).status().code() == Code::kBudget);
+  }
+}
+
+TEST_CASE("chunks of a prompt overlap on two simulated cards", "[placement][pipeline]") {
+  auto machine = MachineDescription::parse(
+      R"({"devices": [{"name": "cpu", "bytes": "32G"},
+                      {"name": "cuda:0", "kind": "cuda", "bytes": "24G"},
+                      {"name": "cuda:1", "kind": "cuda", "bytes": "24G"}]})");
+  REQUIRE(machine.ok());
+  const Config config = test::config_of({{"weights.type", "q8_0"},
+                                         {"context.max", "16384"},
+                                         {"placement.goal", "prefill"},
+                                         {"placement.embed", "cuda:0"}});
+  auto engine = Engine::simulate(*machine, config);
+  REQUIRE(engine.ok());
+  const std::string path = std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2-lite.json";
+  auto plan = engine->plan(path);
+  REQUIRE(plan.ok());
+  INFO(plan->describe());
+  REQUIRE(plan->feasible);
+  auto model = Model::load(*engine, *plan);
+  INFO(model.status().message());
+  REQUIRE(model.ok());
+  Session session = test::new_session(*model);
+  const int64_t n_chunks = 24, n = n_chunks * plan->prefill_chunk;
+  const double start = engine->state()->seconds();
+  std::vector<double> busy;
+  for (int d : {1, 2}) busy.push_back(-engine->busy_seconds(d));
+  test::require_ok(session.prefill(some_tokens(n, model->config().vocab_size)));
+  const double elapsed = engine->state()->seconds() - start;
+  for (int d : {1, 2}) busy[static_cast<size_t>(d - 1)] += engine->busy_seconds(d);
+  // The busier device works all the time; the other one's first or last chunk stands alone.
+  const double most = std::max(busy[0], busy[1]), other = std::min(busy[0], busy[1]);
+  const double bound = most + other / static_cast<double>(n_chunks);
+  INFO("elapsed " << elapsed << ", busy " << busy[0] << " and " << busy[1] << ", bound " << bound);
+  CHECK(elapsed <= 1.10 * bound);
+  CHECK(elapsed >= bound * 0.999);
+  CHECK(other >= 0.8 * most);
+}
+
+TEST_CASE("a prompt that overlaps is the one that does not, also cancelled halfway",
+          "[placement][pipeline]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{
+      {"context.max", "300"}, {"prefill.chunk", "16"}, {"threads", "1"}};
+  test::Settings two = settings;
+  two.insert(two.end(), {{"devices", "cpu:0,cpu:1,cpu:2"}, {"placement.layers", "cpu:0=0,cpu:1=1,cpu:2=2"}});
+  const Model one = test::load_model(path, settings), several = test::load_model(path, two);
+  const auto tokens = some_tokens(250, one.config().vocab_size);
+  CHECK(test::first_bit_difference(test::last_logits(one, tokens), test::last_logits(several, tokens))
+            .index == -1);
+
+  Session session = test::new_session(several);
+  RunOptions options;
+  options.progress = [&](ProgressPhase, int64_t done, int64_t) { return done < 96; };
+  CHECK(session.prefill(tokens, options).code() == Code::kCancelled);
+  CHECK(session.n_tokens() == 96);
+  CHECK(session.cache().size_bytes() == several.plan().kv_bytes(0, 96) +
+                                            several.plan().kv_bytes(1, 96) +
+                                            several.plan().kv_bytes(2, 96));
+  test::require_ok(session.prefill(std::span(tokens).subspan(96)));
+  const auto expected = test::last_logits(one, tokens);
+  CHECK(test::first_bit_difference(expected, session.logits()).index == -1);
+}
+
+TEST_CASE("no card carries more than its share, in no phase", "[placement][simulation]") {
+  // The user's case: Coder-V2 236B, 16,384 tokens, cards of 24 GB, the rest on the host.
+  for (const char* cards : {"2", "4"}) {
+    std::string json = R"({"devices": [{"name": "cpu", "like": "ddr4-8ch", "bytes": "256G"})";
+    const int n_cards = cards[0] - '0';
+    for (int i = 0; i < n_cards; ++i)
+      json += R"(, {"name": "cuda:)" + std::to_string(i) +
+              R"(", "kind": "cuda", "like": "rtx-4090"})";
+    auto machine = MachineDescription::parse(json + "]}");
+    REQUIRE(machine.ok());
+    const Config config = test::config_of({{"weights.type", "q4_k"}, {"context.max", "16384"}});
+    auto engine = Engine::simulate(*machine, config);
+    REQUIRE(engine.ok());
+    auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2.json");
+    REQUIRE(plan.ok());
+    INFO(plan->describe());
+    REQUIRE(plan->feasible);
+    auto model = Model::load(*engine, *plan);
+    INFO(model.status().message());
+    REQUIRE(model.ok());
+    const auto check = [&](const char* moment) {
+      const MemorySnapshot now = engine->memory();
+      int64_t sum = 0, page = 0;
+      for (int d = 1; d <= n_cards; ++d) {
+        sum += now.devices[static_cast<size_t>(d)].bytes_now;
+        page = std::max(page, plan->devices[static_cast<size_t>(d)].kv_page_bytes);
+      }
+      for (int d = 1; d <= n_cards; ++d) {
+        INFO(moment << ", card " << d - 1);
+        const MemorySnapshot& m = now;
+        CHECK(m.devices[static_cast<size_t>(d)].bytes_now <= sum / n_cards * 105 / 100 + page);
+        CHECK(m.devices[static_cast<size_t>(d)].bytes_peak <=
+              plan->devices[static_cast<size_t>(d)].peak_bytes());
+      }
+    };
+    check("after load");
+    Session session = test::new_session(*model);
+    test::require_ok(session.prefill(some_tokens(2048, model->config().vocab_size)));
+    check("after prefill");
+    for (int i = 0; i < 200; ++i) test::require_ok(session.step(1));
+    check("while decoding");
+    // Attention, its cache and the shared experts are on cards; no expert is kept twice.
+    for (const LayerPlacement& layer : plan->placement.layers) CHECK(layer.device > 0);
+    int64_t experts = 0;
+    for (const PlanDevice& device : plan->devices) experts += device.n_experts;
+    CHECK(experts == 59 * plan->model.n_routed_experts);
+    CHECK(plan->devices[0].n_experts > 0);
+    CHECK(plan->devices[1].n_experts > 0);
+  }
+}
+
+}  // namespace
+}  // namespace fathom
