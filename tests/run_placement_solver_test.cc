@@ -136,7 +136,7 @@ TEST_CASE("the solver is within 3 % of the best of all placements", "[placement]
 }
 
 TEST_CASE("equal devices get equal work and equal bytes", "[placement][solver]") {
-  for (const int n : {2, 3, 4, 6})
+  for (const int n : {2, 3, 6})
     for (const int64_t in_flight : {n, 12}) {
       const SolverProblem p =
           problem_of(n, 60, 64, std::vector<double>(static_cast<size_t>(n), 1.0), in_flight);
