@@ -91,6 +91,21 @@ TEST_CASE("the tensors listed for a configuration are those of its files", "[con
   }
 }
 
+// Sizes of the files that bartowski/deepseek-ai_DeepSeek-V3-0324-GGUF lists, in 10^9 bytes.
+TEST_CASE("the listed weights of V3 take what its published files take", "[config-plan]") {
+  const std::pair<WeightsType, double> published[] = {{WeightsType::kQ8_0, 713.29e9},
+                                                      {WeightsType::kQ4_K, 404.43e9}};
+  for (const auto& [type, size] : published) {
+    const auto listed = io::list_tensors(published_config("v3"), type);
+    REQUIRE(listed.ok());
+    double bytes = 0;
+    for (const io::TensorInfo& tensor : listed->tensors())
+      bytes += static_cast<double>(tensor.bytes);
+    INFO(weights_type_name(type) << ": " << bytes);
+    CHECK(bytes == Approx(size).epsilon(0.001));
+  }
+}
+
 TEST_CASE("rows that are no whole blocks fall back as llama.cpp's", "[config-plan]") {
   TemporaryFolder folder("odd");
   ModelConfig shape = test::named_shape("tiny-v2");
