@@ -105,7 +105,7 @@ TEST_CASE("236 B parameters load and run without their memory", "[simulation]") 
 
 TEST_CASE("several simulated devices hold their layers and pass the text on", "[simulation]") {
   const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "20G"},
-      {"name": "cuda:0", "bytes": "24G"}, {"name": "cuda:1", "bytes": "12G"}]})",
+      {"name": "cuda:0", "bytes": "8G"}, {"name": "cuda:1", "bytes": "6G"}]})",
                                  {{"weights.type", "q8_0"}, {"context.max", "4096"}});
   const Model model = load(engine, published_config("v2-lite"));
   Session session = test::new_session(model);
@@ -113,13 +113,15 @@ TEST_CASE("several simulated devices hold their layers and pass the text on", "[
   for (int i = 0; i < 6; ++i) test::require_ok(session.step(5));
   CHECK(session.step(5).code() == Code::kContextFull);
   check_used_is_planned(model);
-  // One text on a pipeline: devices take turns, transfers take the rest.
-  double busy = 0;
+  // One text: devices take turns but where routed and shared experts work side by side; transfers
+  // take the rest.
+  double busy = 0, most = 0;
   for (int d = 0; d < 3; ++d) {
     CHECK(engine.busy_seconds(d) > 0);
     busy += engine.busy_seconds(d);
+    most = std::max(most, engine.busy_seconds(d));
   }
-  CHECK(engine.seconds() > busy);
+  CHECK(engine.seconds() > most);
   CHECK(engine.seconds() < busy * 1.5);
 }
 

@@ -19,7 +19,8 @@ constexpr int64_t kDefaultChunk = 512;
 // A context that is left to the plan should hold at least this much.
 constexpr int64_t kHopedContext = 8192;
 constexpr int64_t kPageTargetBytes = int64_t{2} << 20;
-constexpr int64_t kMinPageTokens = 64, kMaxAutoPageTokens = 256;
+constexpr int64_t kMinPageTokens = 64, kMaxAutoPageTokens = 256, kMaxCoarsePageTokens = 1024;
+constexpr int64_t kCoarse = int64_t{64} << 10;  // granularity from which on padding counts
 
 size_t index(Phase phase) {
   return static_cast<size_t>(phase);
@@ -32,14 +33,30 @@ KvLayout layout_of(const Plan& plan) {
   return {plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim};
 }
 
-// Tokens per page: enough for about 2 MiB, few enough that a short text takes little.
-int64_t auto_page_tokens(const ModelConfig& c, KvType type) {
+// Tokens per page: enough for about 2 MiB, few enough that a short text takes little.  Devices that
+// map memory in coarse pieces (cards: 2 MiB) want pages that fill theirs: with the layers shared by
+// `n_coarse` of them, the smallest page that leaves at most a twelfth of it empty.
+int64_t auto_page_tokens(const ModelConfig& c, KvType type, int64_t granularity, int64_t n_coarse,
+                         int64_t context) {
+  const auto layout = [&](int64_t tokens) {
+    return KvLayout{tokens, c.kv_lora_rank, c.qk_rope_head_dim};
+  };
   int64_t tokens = kMinPageTokens;
   while (tokens < kMaxAutoPageTokens &&
-         KvLayout{tokens * 2, c.kv_lora_rank, c.qk_rope_head_dim}.page_bytes(
-             type, c.num_hidden_layers) <= kPageTargetBytes)
+         layout(tokens * 2).page_bytes(type, c.num_hidden_layers) <= kPageTargetBytes)
     tokens *= 2;
-  return tokens;
+  if (n_coarse == 0) return tokens;
+  const int64_t layers = (c.num_hidden_layers + n_coarse - 1) / n_coarse;
+  int64_t best = tokens;
+  double least = 1e300;
+  for (; tokens <= kMaxCoarsePageTokens && (best == tokens || tokens < 2 * context); tokens *= 2) {
+    const int64_t bytes = layout(tokens).page_bytes(type, layers);
+    const double empty = static_cast<double>(committed_bytes(bytes, granularity) - bytes) /
+                         static_cast<double>(bytes);
+    if (empty < least) least = empty, best = tokens;
+    if (empty <= 1.0 / 12) break;
+  }
+  return best;
 }
 
 // The chunk to begin with.  A window of recent 16-bit pages holds at least a chunk, so that what is
@@ -75,9 +92,9 @@ SessionScratch session_scratch(const EngineState& engine, int device, const Plan
   Arena arena;
   carve_session(arena, engine, device, plan, chunk);
   bytes.activations_bytes = arena.peak_bytes();
-  bytes.workspace_bytes = nn::measure_workspace(*engine.devices[static_cast<size_t>(device)],
-                                                device, plan.model, weights, plan.placement, chunk,
-                                                plan.kv_type, plan.kv_page_tokens);
+  bytes.workspace_bytes =
+      nn::measure_workspace(*engine.devices[static_cast<size_t>(device)], device, plan.model,
+                            weights, plan.placement, chunk, plan.kv_type, plan.kv_page_tokens);
   if (device == engine.host_device) {
     std::vector<const Backend*> devices;
     for (const auto& backend : engine.devices) devices.push_back(backend.get());
@@ -163,7 +180,14 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   const ModelConfig& c = plan.model;
   plan.kv_type =
       config.kv_type.value_or(config.numerics == Numerics::kExact ? KvType::kF32 : KvType::kF16);
-  plan.kv_page_tokens = config.kv_page_tokens.value_or(auto_page_tokens(c, plan.kv_type));
+  int64_t granularity = 1, n_coarse = 0;
+  for (const auto& device : engine_->devices) {
+    granularity = std::max(granularity, device->granularity());
+    n_coarse += device->granularity() >= kCoarse;
+  }
+  plan.kv_page_tokens = config.kv_page_tokens.value_or(
+      auto_page_tokens(c, plan.kv_type, granularity, n_coarse,
+                       config.context_max.value_or(c.max_position_embeddings)));
   const KvLayout layout = layout_of(plan);
   plan.kv_policy = {.type = plan.kv_type,
                     .hot_type = hot_type(plan.kv_type),
@@ -235,13 +259,13 @@ Status Planner::place(const Config& config, Plan& plan) const {
 Status Planner::place_model(const Config& config, const PlacementPins& pins, Plan& plan) const {
   const ModelConfig& c = plan.model;
   if (plan.devices.size() == 1) {
-    plan.placement = Placement::by_layer(
-        c, std::vector<int>(static_cast<size_t>(c.num_hidden_layers), 0));
+    plan.placement =
+        Placement::by_layer(c, std::vector<int>(static_cast<size_t>(c.num_hidden_layers), 0));
     return {};
   }
   const int64_t limit = config.context_max.value_or(c.max_position_embeddings);
-  PlacementInputs inputs{.engine = *engine_, .file = *file_, .plan = plan, .pins = pins,
-                         .available = {}};
+  PlacementInputs inputs{
+      .engine = *engine_, .file = *file_, .plan = plan, .pins = pins, .available = {}};
   for (size_t d = 0; d < plan.devices.size(); ++d)
     inputs.available.push_back(budget(plan, static_cast<int>(d)));
   inputs.host_available = host_limit(plan);
@@ -259,8 +283,9 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Pla
       return {};
     }
     inputs.chunk = std::max<int64_t>(1, inputs.chunk / 8);
-    if (!config.context_max) inputs.context = std::min(inputs.context, std::max<int64_t>(
-        inputs.context / 8, plan.kv_page_tokens));
+    if (!config.context_max)
+      inputs.context =
+          std::min(inputs.context, std::max<int64_t>(inputs.context / 8, plan.kv_page_tokens));
   }
 }
 
