@@ -38,6 +38,8 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
                          grouped(plan.max_context), kv_type_name(plan.kv_type),
                          plan.model.kv_lora_rank, plan.model.qk_rope_head_dim, device.n_layers,
                          plan.kv_page_tokens);
+    case Purpose::kExperts:
+      return fmt::format("{} experts", grouped(device.n_experts));
     case Purpose::kActivations:
     case Purpose::kWorkspace:
       return fmt::format("prefill chunk {}", plan.prefill_chunk);

@@ -81,8 +81,8 @@ SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device
   if (device == engine.host_device && !head.host_accessible())  // first, as it outlives the pass
     buffers.host_logits =
         arena.take<float>(std::min(chunk, nn::kLogitRows) * plan.model.vocab_size);
-  buffers.scratch = nn::Scratch::carve(arena, plan.model, chunk,
-                                       nn::DeviceRoles::of(plan.placement, device));
+  buffers.scratch =
+      nn::Scratch::carve(arena, plan.model, chunk, nn::DeviceRoles::of(plan.placement, device));
   return buffers;
 }
 
@@ -353,12 +353,12 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
       auto& bytes = device.bytes[index(phase)];
       bytes[index(Purpose::kRuntime)] = runtime;
       bytes[index(Purpose::kStaging)] =
-          plan.config.sessions_max * (committed_bytes(device.n_layers > 0 ? tiers.staging : 0,
-                                                      device.granularity) +
-                                      committed_bytes(device.transfer_bytes, device.granularity) +
-                                      (static_cast<int>(d) == engine_->host_device
-                                           ? committed_bytes(tiers.bounce, device.granularity)
-                                           : 0));
+          plan.config.sessions_max *
+          (committed_bytes(device.n_layers > 0 ? tiers.staging : 0, device.granularity) +
+           committed_bytes(device.transfer_bytes, device.granularity) +
+           (static_cast<int>(d) == engine_->host_device
+                ? committed_bytes(tiers.bounce, device.granularity)
+                : 0));
     }
   }
   set_cache(plan, n_tokens);
@@ -540,61 +540,6 @@ void Planner::name_what_binds(Plan& plan) const {
         most = bytes;
         plan.binding_purpose = static_cast<Purpose>(p);
       }
-  }
-}
-
-// Smallest changes first: those that cost speed or nothing, then those that cost quality, then
-// those that cost length, then memory.
-void Planner::add_alternatives(Plan& plan) const {
-  using Changes = std::vector<std::pair<std::string, std::string>>;
-  std::vector<Changes> candidates;
-  const Config& config = plan.config;
-  if (config.prefill_chunk && *config.prefill_chunk > 1)
-    candidates.push_back({{"prefill.chunk", "auto"}});
-  if (config.sessions_max > 1) candidates.push_back({{"sessions.max", "1"}});
-  if (config.kv_tiers.back() != KvTier::kFile && ladder_has(config, LadderStep::kFile))
-    candidates.push_back({{"kv.tiers", *config.get("kv.tiers") + ",file"}});
-  for (const char* type : {"q8_0", "q4_0"}) {
-    Changes changes{{"kv.type", type}};
-    candidates.push_back(changes);
-    if (config.prefill_chunk) {
-      changes.push_back({"prefill.chunk", "auto"});
-      candidates.push_back(changes);
-    }
-  }
-  if (plan.max_context_feasible > 0)
-    candidates.push_back({{"context.max", std::to_string(plan.max_context_feasible)}});
-  // More memory: for the device that binds, and for all that are short.  Where parts are placed
-  // anew, a little more than they need now, as the solver rounds up.
-  constexpr int64_t kRoom = int64_t{256} << 10;
-  Changes budgets;
-  for (size_t d = 0; d < plan.devices.size(); ++d) {
-    const PlanDevice& device = plan.devices[d];
-    if (device.peak_bytes() <= budget(plan, static_cast<int>(d))) continue;
-    const int64_t more = plan.devices.size() > 1 ? kRoom : 0;
-    budgets.push_back({"budget." + device.name, std::to_string(device.peak_bytes() + more)});
-    if (static_cast<int>(d) == plan.binding_device) candidates.push_back({budgets.back()});
-  }
-  if (budgets.size() > 1) candidates.push_back(budgets);
-
-  for (const Changes& changes : candidates) {
-    Config changed = config;
-    bool applied = true;
-    for (const auto& [key, value] : changes) applied = applied && changed.set(key, value).ok();
-    if (!applied) continue;
-    Result<Plan> other = plan_once(changed);
-    if (!other.ok() || !other->feasible) continue;
-    PlanAlternative alternative;
-    alternative.changes = changes;
-    alternative.max_context = other->max_context;
-    for (const auto& [key, value] : changes)
-      alternative.text += fmt::format("{}{}={}", alternative.text.empty() ? "" : " ", key, value);
-    int64_t peak = 0;
-    for (const PlanDevice& device : other->devices) peak += device.peak_bytes();
-    alternative.text +=
-        fmt::format(": peak {:.2f} GiB, {} tokens", static_cast<double>(peak) / (int64_t{1} << 30),
-                    alternative.max_context);
-    plan.alternatives.push_back(std::move(alternative));
   }
 }
 

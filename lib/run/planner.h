@@ -2,6 +2,7 @@
 // allocate: WeightMap::carve, Scratch::carve, measure_workspace, KvLayout, TokenizerBuilder.
 #pragma once
 
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -74,7 +75,12 @@ class Planner {
   bool fits(const Plan& plan) const;
   int64_t longest_context(Plan plan, int64_t limit) const;
   void name_what_binds(Plan& plan) const;
+  // alternatives.cc
+  using Changes = std::vector<std::pair<std::string, std::string>>;  // keys and values
+  std::optional<Plan> try_changes(const Config& config, const Changes& changes) const;
   void add_alternatives(Plan& plan) const;
+  void add_budgets(const Plan& plan,
+                   const std::function<void(const Changes&, const Plan&)>& add) const;
   int64_t budget(const Plan& plan, int device) const;
 
   const EngineState* engine_ = nullptr;

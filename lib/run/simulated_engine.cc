@@ -63,17 +63,16 @@ Result<Engine> simulated_engine(const MachineDescription& described, Config conf
   FATHOM_TRY_ASSIGN(std::shared_ptr<Backend> tables, make_cpu_backend(options));
 
   std::vector<run::LedgerDevice> accounts;
-  int64_t host_budget = 0;
   for (MachineDevice& device : machine.devices) {
     const bool is_host = device.kind == DeviceKind::kCpu;
     if (is_host) device.runtime_bytes = std::max(device.runtime_bytes, tables->runtime_bytes());
     if (const auto it = config.budget.find(device.name); it != config.budget.end())
       device.budget_bytes = it->second;
-    if (is_host) host_budget += device.budget_bytes;
     accounts.push_back({device.name, device.budget_bytes, is_host});
   }
-  if (const auto it = config.budget.find("host"); it != config.budget.end())
-    host_budget = it->second;
+  const auto host_limit = config.budget.find("host");
+  const int64_t host_budget =
+      host_limit == config.budget.end() ? run::Ledger::kUnlimited : host_limit->second;
 
   auto simulation = std::make_shared<run::SimulatedMachine>(machine);
   std::vector<std::unique_ptr<Backend>> devices;
