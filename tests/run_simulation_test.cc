@@ -126,8 +126,9 @@ TEST_CASE("several simulated devices hold their layers and pass the text on", "[
 }
 
 TEST_CASE("simulated devices obey budgets and give everything back", "[simulation]") {
-  const Engine engine = simulate(R"({"devices": [{"name": "cpu", "bytes": "64G"}]})",
-                                 {{"weights.type", "q8_0"}, {"context.max", "8192"}});
+  const Engine engine =
+      simulate(R"({"devices": [{"name": "cpu", "bytes": "64G"}]})",
+               {{"weights.type", "q8_0"}, {"context.max", "8192"}, {"kv.ladder", "none"}});
   const int64_t idle = engine.memory().devices[0].bytes_now;
   {
     const Model model = load(engine, published_config("v2-lite"));
