@@ -42,6 +42,20 @@ class Simulate(Case):
         for word in ("planned bytes", "cuda:0", "decode", "tokens/s", "worked"):
             self.assertIn(word, text)
 
+    def test_the_timeline_has_the_machines_clock(self):
+        path = self.folder / "timeline.json"
+        report = self.run_ok("simulate", *self.flags, "-p", 700, "-n", 300, "--timeline", path, "--json").json()
+        timeline = json.loads(path.read_text())
+        self.assertEqual([d["name"] for d in timeline["devices"]], ["cpu", "cuda:0"])
+        seconds = report["prefill_seconds"] + report["decode_seconds"]
+        self.assertAlmostEqual(timeline["seconds"] / seconds, 1, 1)
+        for device, used in zip(timeline["devices"], report["devices"]):
+            self.assertEqual(device["peak_bytes"], used["peak_bytes"])
+            self.assertLessEqual(device["peak_bytes"], device["planned_bytes"])
+        html = self.folder / "timeline.html"
+        self.run_ok("simulate", *self.flags, "-n", 100, "--timeline", html, "-q")
+        self.assertIn("cuda:0", html.read_text())
+
     def test_what_does_not_fit_is_not_run(self):
         small = self.file("small.json", json.dumps({"devices": [{"name": "cpu", "bytes": "8G"}]}))
         flags = ["-m", CONFIG, "--machine", small, "--set", "weights.type=q8_0", "-n", 1000]
