@@ -108,7 +108,7 @@ Status CpuBackend::weight_layout(Weight& weight) const noexcept {
 }
 Status CpuBackend::store_rows(const Weight& weight, int64_t index, int64_t first_row,
                               int64_t n_rows, const void* rows) noexcept {
-  return cpu::store_rows(weight, index, first_row, n_rows, rows);
+  return cpu::store_rows(*threads_, weight, index, first_row, n_rows, rows);
 }
 Status CpuBackend::store_scales(const Weight& weight, int64_t index, const float* scales) noexcept {
   return cpu::store_scales(weight, index, scales);

@@ -214,6 +214,31 @@ constexpr PackBlock kPackBlock[kPackedTypes] = {pack_q8_0, pack_q4_0,   pack_q4_
                                                 pack_q5_1, pack_iq4_nl, pack_q2_k, pack_q3_k,
                                                 pack_q4_k, pack_q5_k,   pack_q6_k, pack_iq4_xs};
 
+// Rows that have been checked.
+void store_groups(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
+                  const uint8_t* src) noexcept {
+  const int64_t bytes_per_row = row_bytes(weight.dtype, weight.cols);
+  auto* matrix = reinterpret_cast<uint8_t*>(weight.matrix(index));
+  if (!is_packed(weight)) {
+    std::memcpy(matrix + first_row * bytes_per_row, src,
+                static_cast<size_t>(n_rows * bytes_per_row));
+    return;
+  }
+  const PackedType type = packed_type(weight.dtype);
+  const PackedBlock& block = kPackedBlocks[type];
+  const int64_t file_block = dtype_info(weight.dtype).block_bytes;
+  const int64_t n_blocks = weight.cols / block.cols;
+  for (int64_t row = 0; row < n_rows; row += kGroupRows) {
+    const int n = static_cast<int>(std::min<int64_t>(kGroupRows, n_rows - row));
+    uint8_t* out = matrix + (first_row + row) / kGroupRows * group_bytes(weight);
+    for (int64_t b = 0; b < n_blocks; ++b, out += block.bytes) {
+      if (n < kGroupRows) std::memset(out, 0, static_cast<size_t>(block.bytes));
+      for (int r = 0; r < n; ++r)
+        kPackBlock[type](src + (row + r) * bytes_per_row + b * file_block, r, out);
+    }
+  }
+}
+
 }  // namespace
 
 PackedType packed_type(DType dtype) noexcept {
@@ -287,8 +312,8 @@ Status weight_layout(Weight& weight) noexcept try {
   return Status(Code::kMemory, "no memory for a message");
 }
 
-Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
-                  const void* rows) noexcept try {
+Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int64_t first_row,
+                  int64_t n_rows, const void* rows) noexcept try {
   if (index < 0 || index >= weight.count || first_row < 0 || n_rows < 0 ||
       first_row + n_rows > weight.rows || first_row % kGroupRows != 0 ||
       (n_rows % kGroupRows != 0 && first_row + n_rows != weight.rows))
@@ -296,27 +321,17 @@ Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_
                   fmt::format("rows {} + {} of matrix {} do not fit {} matrices of {} rows in "
                               "groups of {}",
                               first_row, n_rows, index, weight.count, weight.rows, kGroupRows));
-  const int64_t bytes_per_row = row_bytes(weight.dtype, weight.cols);
-  const auto* src = static_cast<const uint8_t*>(rows);
-  auto* matrix = reinterpret_cast<uint8_t*>(weight.matrix(index));
-  if (!is_packed(weight)) {
-    std::memcpy(matrix + first_row * bytes_per_row, src,
-                static_cast<size_t>(n_rows * bytes_per_row));
-    return {};
-  }
-  const PackedType type = packed_type(weight.dtype);
-  const PackedBlock& block = kPackedBlocks[type];
-  const int64_t file_block = dtype_info(weight.dtype).block_bytes;
-  const int64_t n_blocks = weight.cols / block.cols;
-  for (int64_t row = 0; row < n_rows; row += kGroupRows) {
-    const int n = static_cast<int>(std::min<int64_t>(kGroupRows, n_rows - row));
-    uint8_t* out = matrix + (first_row + row) / kGroupRows * group_bytes(weight);
-    for (int64_t b = 0; b < n_blocks; ++b, out += block.bytes) {
-      if (n < kGroupRows) std::memset(out, 0, static_cast<size_t>(block.bytes));
-      for (int r = 0; r < n; ++r)
-        kPackBlock[type](src + (row + r) * bytes_per_row + b * file_block, r, out);
-    }
-  }
+  // Threads share the packing, and with it the first touch of the memory: zeroing fresh pages costs
+  // more than packing.
+  constexpr int64_t kTaskBytes = 128 * 1024;
+  const int64_t n_groups = (n_rows + kGroupRows - 1) / kGroupRows;
+  const int64_t groups =
+      std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, group_bytes(weight)));
+  threads.parallel_for((n_groups + groups - 1) / groups, [&](int64_t task, int) {
+    const int64_t row = task * groups * kGroupRows;
+    store_groups(weight, index, first_row + row, std::min(groups * kGroupRows, n_rows - row),
+                 static_cast<const uint8_t*>(rows) + row * row_bytes(weight.dtype, weight.cols));
+  });
   return {};
 } catch (const std::bad_alloc&) {
   return Status(Code::kMemory, "no memory for a message");

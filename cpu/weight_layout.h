@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cpu/packed_blocks.h"
+#include "cpu/threads.h"
 #include "fathom/backend.hpp"
 
 namespace fathom::cpu {
@@ -35,8 +36,8 @@ const float* block_scales(const Weight& w, int64_t index) noexcept;
 
 // The three functions of the same name in Backend; contracts there.
 Status weight_layout(Weight& weight) noexcept;
-Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
-                  const void* rows) noexcept;
+Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int64_t first_row,
+                  int64_t n_rows, const void* rows) noexcept;
 Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept;
 
 }  // namespace fathom::cpu

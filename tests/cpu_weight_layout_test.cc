@@ -106,9 +106,28 @@ TEST_CASE("rows may be stored in any pieces of 16", "[cpu][weights]") {
     w.data = memory.get();
     const int64_t bytes = row_bytes(dtype, 512);
     for (const auto& [first, n] : {std::pair{48, 5}, std::pair{0, 32}, std::pair{32, 16}})
-      REQUIRE(cpu::store_rows(w, 0, first, n, whole.file.data() + first * bytes).ok());
+      REQUIRE(
+          cpu::store_rows(store_threads(), w, 0, first, n, whole.file.data() + first * bytes).ok());
     const int64_t used = cpu::is_packed(w) ? w.matrix_bytes : 53 * bytes;
     CHECK(std::memcmp(memory.get(), whole.memory.get(), static_cast<size_t>(used)) == 0);
+  }
+}
+
+TEST_CASE("threads share the storing of many rows and change nothing", "[cpu][weights]") {
+  for (const DType dtype : {DType::kQ5_0, DType::kQ3_K, DType::kF16}) {
+    Rng rng(11);
+    const int64_t rows = 1000 + 7, cols = 512;
+    const TestWeight whole = random_weight(rng, dtype, rows, cols);
+    const auto alone = cpu::ThreadPool::create(1), several = cpu::ThreadPool::create(5);
+    const int64_t used =
+        cpu::is_packed(whole.weight) ? whole.weight.matrix_bytes : rows * row_bytes(dtype, cols);
+    for (const auto* pool : {&alone, &several}) {
+      Weight w = whole.weight;
+      const AlignedBytes memory = aligned_bytes(w.matrix_bytes);
+      w.data = memory.get();
+      REQUIRE(cpu::store_rows(*pool->value(), w, 0, 0, rows, whole.file.data()).ok());
+      CHECK(std::memcmp(memory.get(), whole.memory.get(), static_cast<size_t>(used)) == 0);
+    }
   }
 }
 
@@ -125,10 +144,14 @@ TEST_CASE("what cannot be stored is refused with numbers", "[cpu][weights]") {
   Rng rng(10);
   const TestWeight t = random_weight(rng, DType::kQ8_0, 40, 64, 2);
   const void* file = t.file.data();
-  CHECK(cpu::store_rows(t.weight, 0, 8, 16, file).code() == Code::kInvalidArgument);   // start
-  CHECK(cpu::store_rows(t.weight, 0, 0, 20, file).code() == Code::kInvalidArgument);   // length
-  CHECK(cpu::store_rows(t.weight, 0, 32, 16, file).code() == Code::kInvalidArgument);  // end
-  CHECK(cpu::store_rows(t.weight, 2, 0, 16, file).code() == Code::kInvalidArgument);   // matrix
-  CHECK(cpu::store_rows(t.weight, 1, 32, 8, file).ok());
+  CHECK(cpu::store_rows(store_threads(), t.weight, 0, 8, 16, file).code() ==
+        Code::kInvalidArgument);  // start
+  CHECK(cpu::store_rows(store_threads(), t.weight, 0, 0, 20, file).code() ==
+        Code::kInvalidArgument);  // length
+  CHECK(cpu::store_rows(store_threads(), t.weight, 0, 32, 16, file).code() ==
+        Code::kInvalidArgument);  // end
+  CHECK(cpu::store_rows(store_threads(), t.weight, 2, 0, 16, file).code() ==
+        Code::kInvalidArgument);  // matrix
+  CHECK(cpu::store_rows(store_threads(), t.weight, 1, 32, 8, file).ok());
   CHECK(cpu::store_scales(t.weight, 0, t.values.data()).code() == Code::kInvalidArgument);
 }

@@ -145,6 +145,16 @@ inline AlignedBytes aligned_bytes(int64_t n) {
   return bytes;
 }
 
+// Threads that share the storing of rows.
+inline cpu::ThreadPool& store_threads() {
+  static const auto pool = [] {
+    auto made = cpu::ThreadPool::create(2);
+    REQUIRE(made.ok());
+    return std::move(made.value());
+  }();
+  return *pool;
+}
+
 // `count` matrices [rows, cols] stored by store_rows(), with their values beside them.
 struct TestWeight {
   Weight weight;
@@ -176,7 +186,7 @@ inline TestWeight random_weight(Rng& rng, DType dtype, int64_t rows, int64_t col
   }
   const int64_t row_blocks = (rows + 127) / 128, col_blocks = (cols + 127) / 128;
   for (int64_t m = 0; m < count; ++m) {
-    REQUIRE(cpu::store_rows(t.weight, m, 0, rows, t.file.data() + m * rows * row_bytes(dtype, cols))
+    REQUIRE(cpu::store_rows(store_threads(), t.weight, m, 0, rows, t.file.data() + m * rows * row_bytes(dtype, cols))
                 .ok());
     if (!block_scaled) continue;
     for (int64_t i = 0; i < row_blocks * col_blocks; ++i)

@@ -44,8 +44,10 @@ fathom::Engine make_engine(const fathom::Config& config, const std::string& mach
   return must(fathom::Engine::simulate(machine, config, log_hooks()));
 }
 
-fathom::Engine make_engine(const fathom::Config& config) {
-  fathom::Result<fathom::Engine> engine = fathom::Engine::create(config, log_hooks());
+fathom::Engine make_engine(const fathom::Config& config, fathom::OpObserver op) {
+  fathom::HostHooks hooks = log_hooks();
+  hooks.op = std::move(op);
+  fathom::Result<fathom::Engine> engine = fathom::Engine::create(config, hooks);
   if (!engine.ok() && engine.status().code() == fathom::Code::kUnsupported)
     fail(kExitDevice, engine.status().message());
   return must(std::move(engine));
@@ -107,8 +109,8 @@ fathom::Plan make_plan(const fathom::Engine& engine, const std::string& model_pa
 }
 
 Loaded load_model(const std::string& model_path, const fathom::Config& config,
-                  const ConfigFlags& flags, TimelineFile* timeline) {
-  fathom::Engine engine = make_engine(config);
+                  const ConfigFlags& flags, TimelineFile* timeline, fathom::OpObserver op) {
+  fathom::Engine engine = make_engine(config, std::move(op));
   if (timeline) timeline->start(engine);
   fathom::Plan plan = make_plan(engine, model_path, config, flags);
   detail(plan.describe());

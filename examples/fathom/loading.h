@@ -24,7 +24,7 @@ struct Loaded {
 };
 
 // An engine whose log goes to stderr.  A machine that lacks what was asked for is kExitDevice.
-fathom::Engine make_engine(const fathom::Config&);
+fathom::Engine make_engine(const fathom::Config&, fathom::OpObserver op = {});
 
 // The same, of simulated devices when a machine file is named.
 fathom::Engine make_engine(const fathom::Config&, const std::string& machine_file);
@@ -39,9 +39,10 @@ fathom::Plan make_plan(const fathom::Engine&, const std::string& model_path, con
                        const ConfigFlags& flags);
 
 // Plans and loads, with progress.  An infeasible plan is shown and leaves with kExitInfeasible.
-// `timeline`, when given, is started before the plan is made.
+// `timeline`, when given, is started before the plan is made; `op` is told the time of each
+// operation.
 Loaded load_model(const std::string& model_path, const fathom::Config&, const ConfigFlags& flags,
-                  TimelineFile* timeline = nullptr);
+                  TimelineFile* timeline = nullptr, fathom::OpObserver op = {});
 
 // Prefills with cancellation, and with progress when there are at least `bar_from` tokens;
 // `deadline_ms` as in RunOptions.

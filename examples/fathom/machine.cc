@@ -8,6 +8,7 @@
 #include <barrier>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <fstream>
 #include <string>
 #include <thread>
@@ -15,8 +16,39 @@
 
 #include "terminal.h"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace cli {
 namespace {
+
+#if defined(__x86_64__)
+// Twelve independent sums hide the latency; the asm keeps the compiler from folding the loop.
+#define FATHOM_MULTIPLY_LOOP(vector, set, fma, reduce)                                 \
+  vector sums[12];                                                                     \
+  for (vector & sum : sums) sum = set(0.0f);                                           \
+  vector factor = set(0.5f);                                                           \
+  for (int64_t i = 0; i < n; ++i) {                                                    \
+    asm volatile("" : "+x"(factor));                                                   \
+    _Pragma("GCC unroll 12") for (vector & sum : sums) sum = fma(sum, factor, factor); \
+  }                                                                                    \
+  float total = 0;                                                                     \
+  for (const vector& sum : sums) total += reduce(sum);                                 \
+  return total
+
+__attribute__((target("avx512f"))) float multiply_avx512(int64_t n) {
+#define FATHOM_FIRST(v) _mm512_cvtss_f32(v)
+  FATHOM_MULTIPLY_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps, FATHOM_FIRST);
+#undef FATHOM_FIRST
+}
+__attribute__((target("avx2,fma"))) float multiply_avx2(int64_t n) {
+#define FATHOM_FIRST(v) _mm256_cvtss_f32(v)
+  FATHOM_MULTIPLY_LOOP(__m256, _mm256_set1_ps, _mm256_fmadd_ps, FATHOM_FIRST);
+#undef FATHOM_FIRST
+}
+#undef FATHOM_MULTIPLY_LOOP
+#endif
 
 int64_t status_kib(std::string_view key) {
   std::ifstream file("/proc/self/status");
@@ -58,6 +90,42 @@ int usable_processors() {
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
   return std::max(1u, std::thread::hardware_concurrency());
+}
+
+double process_seconds() {
+  timespec time{};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+double measure_multiply_rate(int threads) {
+#if defined(__x86_64__)
+  const bool wide = __builtin_cpu_supports("avx512f");
+  if (!wide && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
+  constexpr int64_t kLoops = 500'000;
+  constexpr int kPasses = 8;
+  std::vector<double> times(kPasses);
+  std::atomic<float> sink{0};
+  std::barrier barrier(threads);
+  const auto work = [&](int index) {
+    for (int pass = 0; pass < kPasses; ++pass) {
+      barrier.arrive_and_wait();
+      const double start = now_seconds();
+      sink.store(wide ? multiply_avx512(kLoops) : multiply_avx2(kLoops));
+      barrier.arrive_and_wait();
+      if (index == 0) times[static_cast<size_t>(pass)] = now_seconds() - start;
+    }
+  };
+  std::vector<std::thread> pool;
+  for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
+  work(0);
+  for (std::thread& thread : pool) thread.join();
+  const double operations = 2.0 * 12 * (wide ? 16 : 8) * kLoops * threads;
+  return operations / *std::min_element(times.begin(), times.end());
+#else
+  static_cast<void>(threads);
+  return 0;
+#endif
 }
 
 ReadBandwidth measure_read_bandwidth(int threads) {

@@ -21,6 +21,13 @@ struct ReadBandwidth {
 // which is given back.  best is 0 when the buffer could not be had.
 ReadBandwidth measure_read_bandwidth(int threads);
 
+// f32 operations per second (a multiply-add counts two) of `threads` threads that do nothing else,
+// by the widest vectors of this machine; 0 where that is not known.  A tenth of a second.
+double measure_multiply_rate(int threads);
+
+// Processor time that this process has used, of all its threads.
+double process_seconds();
+
 // Processors that this process may use.
 int usable_processors();
 

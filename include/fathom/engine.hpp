@@ -29,10 +29,21 @@ class EngineState;
 enum class LogLevel : uint8_t { kError, kWarn, kInfo, kDebug };
 using LogFunction = std::function<void(LogLevel, std::string_view text)>;
 
+// One operation of a forward pass, as a device has done it.
+struct OpTime {
+  int device;           // index in the engine
+  std::string_view op;  // "matmul", "experts", ...: the name of the Backend's function
+  double seconds;
+};
+using OpObserver = std::function<void(const OpTime&)>;
+
 // What the host may hook.  Called only on the thread that made the call.
 struct HostHooks {
   LogFunction log = {};        // none: silent; the library never prints
   MemoryObserver memory = {};  // none: every change within the budgets is allowed
+  // Called after each operation of each pass; every operation is then waited for before the next,
+  // which costs devices that queue them.  None: nothing is measured.
+  OpObserver op = {};
 };
 
 // A flag that a long call watches.  request() may be called from any thread or a signal handler.

@@ -9,6 +9,7 @@
 #include "../io/replace_file.h"
 #include "config_schema.h"
 #include "engine_state.h"
+#include "observed_backend.h"
 #include "planner.h"
 
 namespace fathom {
@@ -64,6 +65,8 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
     options.isa = config.isa;
     options.numerics = config.numerics;
     FATHOM_TRY_ASSIGN(auto backend, make_cpu_backend(options));
+    if (hooks.op)
+      backend = run::observed(std::move(backend), static_cast<int>(devices.size()), hooks.op);
     devices.push_back(std::move(backend));
   }
 

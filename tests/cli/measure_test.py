@@ -50,6 +50,25 @@ class Bench(Case):
         # embedding table are not read.
         self.assertTrue(2e6 < r["active_weight_bytes"] < 5.3e6, r["active_weight_bytes"])
 
+    def test_batches_and_operations(self):
+        r = self.run_ok("bench", "-m", MODEL, "-p", 16, "-n", 2, "-r", 1, "--batch", "1,3", "--profile", "--json").json()
+        rows = [(row["kind"], row.get("sessions")) for row in r["results"]]
+        self.assertEqual(rows, [("prefill", None), ("decode", None), ("batch", 1), ("batch", 3)])
+        one, three = r["results"][2:]
+        self.assertLess(three["bytes_per_token"], one["bytes_per_token"])  # weights are shared
+        for row in r["results"]:
+            ops = row["operations"]
+            for op in ("matmul", "rms_norm", "attend_absorbed", "experts", "route", "kv_append"):
+                self.assertGreater(ops[op]["calls"], 0, op)
+            seconds = sum(op["seconds"] for op in ops.values())
+            self.assertLess(seconds, row.get("sessions", 1) * row["tokens"] / row["tps"] * 1.01)
+            self.assertGreater(row["busy"], 0)
+        self.assertGreater(r["f32_peak_gflops"], 0.1)
+        text = self.run_ok("bench", "-m", MODEL, "-p", 16, "-n", 2, "-r", 1, "--batch", 2, "--profile").out
+        for word in ("batch", "2x2", "experts", "outside", "busy", "MB/s"):
+            self.assertIn(word, text)
+        self.run_code(2, "bench", "-m", MODEL, "--batch", "0")
+
     def test_table(self):
         out = self.run_ok("bench", "-m", MODEL, "-p", 16, "-n", 2, "-r", 1).out
         for word in ("GB/s", "prefill", "decode", "share", "tok/s"):
