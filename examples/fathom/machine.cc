@@ -16,38 +16,32 @@
 
 #include "terminal.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace cli {
 namespace {
 
 #if defined(__x86_64__)
-// Twelve independent sums hide the latency; the asm keeps the compiler from folding the loop.
-#define FATHOM_MULTIPLY_LOOP(vector, set, fma, reduce)                                 \
-  vector sums[12];                                                                     \
-  for (vector & sum : sums) sum = set(0.0f);                                           \
-  vector factor = set(0.5f);                                                           \
-  for (int64_t i = 0; i < n; ++i) {                                                    \
-    asm volatile("" : "+x"(factor));                                                   \
-    _Pragma("GCC unroll 12") for (vector & sum : sums) sum = fma(sum, factor, factor); \
-  }                                                                                    \
-  float total = 0;                                                                     \
-  for (const vector& sum : sums) total += reduce(sum);                                 \
-  return total
-
-__attribute__((target("avx512f"))) float multiply_avx512(int64_t n) {
-#define FATHOM_FIRST(v) _mm512_cvtss_f32(v)
-  FATHOM_MULTIPLY_LOOP(__m512, _mm512_set1_ps, _mm512_fmadd_ps, FATHOM_FIRST);
-#undef FATHOM_FIRST
+// n times twelve multiply-adds; twelve independent sums hide the latency.
+template <class Vector>
+inline __attribute__((always_inline)) void multiply_adds(int64_t n) {
+  Vector s[12] = {}, factor = {};
+  for (int64_t i = 0; i < n; ++i)
+    asm volatile(
+        "vfmadd231ps %12, %12, %0\n vfmadd231ps %12, %12, %1\n vfmadd231ps %12, %12, %2\n"
+        "vfmadd231ps %12, %12, %3\n vfmadd231ps %12, %12, %4\n vfmadd231ps %12, %12, %5\n"
+        "vfmadd231ps %12, %12, %6\n vfmadd231ps %12, %12, %7\n vfmadd231ps %12, %12, %8\n"
+        "vfmadd231ps %12, %12, %9\n vfmadd231ps %12, %12, %10\n vfmadd231ps %12, %12, %11"
+        : "+v"(s[0]), "+v"(s[1]), "+v"(s[2]), "+v"(s[3]), "+v"(s[4]), "+v"(s[5]), "+v"(s[6]),
+          "+v"(s[7]), "+v"(s[8]), "+v"(s[9]), "+v"(s[10]), "+v"(s[11])
+        : "v"(factor));
 }
-__attribute__((target("avx2,fma"))) float multiply_avx2(int64_t n) {
-#define FATHOM_FIRST(v) _mm256_cvtss_f32(v)
-  FATHOM_MULTIPLY_LOOP(__m256, _mm256_set1_ps, _mm256_fmadd_ps, FATHOM_FIRST);
-#undef FATHOM_FIRST
+using Floats8 = float __attribute__((vector_size(32)));
+using Floats16 = float __attribute__((vector_size(64)));
+__attribute__((target("avx2,fma"))) void multiply_avx2(int64_t n) {
+  multiply_adds<Floats8>(n);
 }
-#undef FATHOM_MULTIPLY_LOOP
+__attribute__((target("avx512f"))) void multiply_avx512(int64_t n) {
+  multiply_adds<Floats16>(n);
+}
 #endif
 
 int64_t status_kib(std::string_view key) {
@@ -105,13 +99,15 @@ double measure_multiply_rate(int threads) {
   constexpr int64_t kLoops = 500'000;
   constexpr int kPasses = 8;
   std::vector<double> times(kPasses);
-  std::atomic<float> sink{0};
   std::barrier barrier(threads);
   const auto work = [&](int index) {
     for (int pass = 0; pass < kPasses; ++pass) {
       barrier.arrive_and_wait();
       const double start = now_seconds();
-      sink.store(wide ? multiply_avx512(kLoops) : multiply_avx2(kLoops));
+      if (wide)
+        multiply_avx512(kLoops);
+      else
+        multiply_avx2(kLoops);
       barrier.arrive_and_wait();
       if (index == 0) times[static_cast<size_t>(pass)] = now_seconds() - start;
     }
