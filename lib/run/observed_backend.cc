@@ -101,6 +101,9 @@ class ObservedBackend final : public Backend {
   void experts(const OpContext& op, const ExpertsParams& p) noexcept override {
     timed("experts", op, [&] { real_->experts(op, p); });
   }
+  void add(const OpContext& op, const AddParams& p) noexcept override {
+    timed("add", op, [&] { real_->add(op, p); });
+  }
   Status sync(const OpContext& op) noexcept override { return real_->sync(op); }
 
  private:
