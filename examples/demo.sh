@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The demonstration: a code is planted far back in a text of several thousand tokens, and asked
-# for; memory is planned first and compared with what was used.  Ends with 0 when the answer was
-# right.
+# The demonstration: a code is planted more than 16,384 tokens back in a text and asked for, and a
+# story is told; memory is planned first and compared with what was used.  Ends with 0 when the
+# answer was right.
 #   bash examples/demo.sh build/bin/fathom examples/models/trained.Q8_0.gguf
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"

@@ -1,6 +1,7 @@
-// fathom demo: the whole of the library in one minute.  Plans for a text of several thousand
-// tokens, shows the plan, loads, prefills the text, asks for a code planted far back, streams the
-// answer, checks it, and sets planned against used memory.
+// fathom demo: the whole of the library in one minute.  Plans for a text of 18,000 tokens, shows
+// the plan, loads, prefills the text, asks for a code planted more than 16,384 tokens back, streams
+// the answer, checks it, has a story told in the same session, and sets planned against used
+// memory.
 #include <memory>
 
 #include <fmt/format.h>
@@ -20,12 +21,14 @@ struct DemoArgs {
   std::string model;
   ConfigFlags config;
   OutputFlags output;
-  int64_t tokens = 6000;
-  double depth = 0.1;
+  int64_t tokens = 18000;
+  double depth = 0.05;
   uint64_t seed = 1;
 };
 
 constexpr int64_t kAnswerTokens = 32;
+constexpr int64_t kStoryTokens = 400;
+constexpr const char* kStoryPrompt = "Tell me a story about a fisherman.";
 
 struct DemoPrompt {
   DemoText demo;
@@ -33,23 +36,25 @@ struct DemoPrompt {
   int64_t distance = 0;  // tokens between the code and the question, about
 };
 
-// The longest demo text whose prompt has at most `n_tokens` tokens.
+// What a user says, as the model's chat form has it.
+std::vector<int32_t> user_turn(const fathom::Tokenizer& tokenizer, std::string says) {
+  const fathom::ChatMessage message{"user", std::move(says)};
+  const std::string text = must(tokenizer.render_chat(
+      {&message, 1}, true,
+      tokenizer.chat_format() == fathom::ChatFormat::kNone ? fathom::ChatFormat::kDeepSeekV2
+                                                           : fathom::ChatFormat::kNone));
+  std::vector<int32_t> ids;
+  must(tokenizer.encode(text, {}, ids));
+  return ids;
+}
+
+// The longest demo text whose prompt has at most args.tokens tokens.
 DemoPrompt make_prompt(const fathom::Tokenizer& tokenizer, const DemoArgs& args) {
-  const auto encode = [&tokenizer](const DemoText& demo) {
-    const fathom::ChatMessage message{"user", demo.text + "\n\n" + demo.question};
-    const std::string text = must(tokenizer.render_chat(
-        {&message, 1}, true,
-        tokenizer.chat_format() == fathom::ChatFormat::kNone ? fathom::ChatFormat::kDeepSeekV2
-                                                             : fathom::ChatFormat::kNone));
-    std::vector<int32_t> ids;
-    must(tokenizer.encode(text, {}, ids));
-    return ids;
-  };
   size_t n_chars = static_cast<size_t>(args.tokens) * 4;
   for (;;) {
     DemoPrompt prompt;
     prompt.demo = make_demo_text(args.seed, n_chars, args.depth);
-    prompt.ids = encode(prompt.demo);
+    prompt.ids = user_turn(tokenizer, prompt.demo.text + "\n\n" + prompt.demo.question);
     const int64_t n = static_cast<int64_t>(prompt.ids.size());
     if (n <= args.tokens) {
       prompt.distance = n - n * static_cast<int64_t>(prompt.demo.code_offset) /
@@ -58,6 +63,19 @@ DemoPrompt make_prompt(const fathom::Tokenizer& tokenizer, const DemoArgs& args)
     }
     n_chars = n_chars * static_cast<size_t>(args.tokens) / static_cast<size_t>(n) - 50;
   }
+}
+
+// Streams at most `max_tokens` tokens of answer.
+fathom::GenerateResult answer(fathom::Session& session, const DemoArgs& args, int64_t max_tokens) {
+  RunArgs run_args;
+  run_args.n_predict = max_tokens;
+  run_args.output = args.output;
+  bool stdout_failed = false;
+  fathom::GenerateResult result =
+      must(stream_answer(session, run_args, now_seconds(), stdout_failed));
+  if (stdout_failed) fail(kExitIo, "cannot write to standard output");
+  if (!args.output.json) put("\n");
+  return result;
 }
 
 int run(const DemoArgs& args) {
@@ -86,19 +104,17 @@ int run(const DemoArgs& args) {
   must(prefill(session, prompt.ids));
 
   note("\n3. " + prompt.demo.question);
-  RunArgs run_args;
-  run_args.n_predict = kAnswerTokens;
-  run_args.output = args.output;
-  bool stdout_failed = false;
-  const fathom::GenerateResult result =
-      must(stream_answer(session, run_args, now_seconds(), stdout_failed));
-  if (stdout_failed) fail(kExitIo, "cannot write to standard output");
-  if (!args.output.json) put("\n");
+  const fathom::GenerateResult result = answer(session, args, kAnswerTokens);
   const bool right = result.text.find(prompt.demo.code) != std::string::npos;
   note(right ? fmt::format("   Right: it is {}.", prompt.demo.code)
              : fmt::format("   Wrong: it is {}.", prompt.demo.code));
 
-  note("\n4. Planned against used, in bytes:");
+  note(std::string("\n4. ") + kStoryPrompt);
+  must(session.truncate(0));
+  must(session.prefill(user_turn(*loaded.model.tokenizer(), kStoryPrompt)));
+  const fathom::GenerateResult story = answer(session, args, kStoryTokens);
+
+  note("\n5. Planned against used, in bytes:");
   note(memory_table(loaded.engine, loaded.plan));
   note(fmt::format("   resident memory grew by {} since the plan",
                    human_bytes(rss_peak_bytes() - resident_before)));
@@ -108,6 +124,8 @@ int run(const DemoArgs& args) {
               {"code", prompt.demo.code},
               {"text", result.text},
               {"right", right},
+              {"story", story.text},
+              {"story_stop_reason", fathom::stop_reason_name(story.reason)},
               {"prompt_tokens", prompt.ids.size()},
               {"distance_tokens", prompt.distance},
               {"memory", memory_json(loaded.engine, loaded.plan)}});

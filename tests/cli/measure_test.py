@@ -1,6 +1,7 @@
 """fathom perplexity, bench, config and the demo."""
 import json
 import os
+import re
 import subprocess
 import unittest
 
@@ -27,7 +28,8 @@ class Perplexity(Case):
         tokens = self.file("t.json", json.dumps(list(golden["ppl.tokens"][1])))
         r = self.run_ok("perplexity", "-m", MODEL, "--tokens", tokens, "-c", 512, "--json").json()
         self.assertEqual(len(r["windows"]), 32)
-        self.assertAlmostEqual(r["perplexity"], 7.431, delta=0.0743)
+        windows = golden["ppl.Q8_0.nll_512"][1]
+        self.assertAlmostEqual(r["nll"], sum(windows) / len(windows), delta=0.01)
 
     def test_text_shorter_than_a_window(self):
         r = self.run_ok("perplexity", "-m", MODEL, "-p", "Once upon a time there was a kind baker called Anna.")
@@ -102,9 +104,17 @@ class Demo(Case):
                            env=environment(), timeout=TIMEOUT_S)
         err = p.stderr.decode()
         self.assertEqual(p.returncode, 0, err)
-        for word in ("per token", "FITS", "planned in", "before the question", "Right", "planned", "resident"):
+        for word in ("per token", "FITS", "planned in", "before the question", "Right", "story", "planned", "resident"):
             self.assertIn(word, err)
         self.assertRegex(p.stdout.decode(), r"code is \d{4}")
+        distance = re.search(r"The code stands ([\d,]+) tokens before the question", err).group(1)
+        self.assertGreaterEqual(int(distance.replace(",", "")), 16384)
+
+    def test_other_texts(self):
+        for seed in (2, 3):
+            r = self.run_ok("demo", "-m", MODEL, "--seed", seed, "--json").json()
+            self.assertTrue(r["right"], (seed, r["question"], r["code"], r["text"]))
+            self.assertGreaterEqual(r["distance_tokens"], 16384)
 
     def test_planned_equals_used(self):
         r = self.run_ok("demo", "-m", MODEL, "--length", 4000, "--json").json()
