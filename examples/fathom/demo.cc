@@ -29,6 +29,7 @@ struct DemoArgs {
 constexpr int64_t kAnswerTokens = 32;
 constexpr int64_t kStoryTokens = 400;
 constexpr const char* kStoryPrompt = "Tell me a story about a fisherman.";
+constexpr fathom::SamplingOptions kStorySampling = {.temperature = 0.8f, .seed = 1};
 
 struct DemoPrompt {
   DemoText demo;
@@ -66,8 +67,10 @@ DemoPrompt make_prompt(const fathom::Tokenizer& tokenizer, const DemoArgs& args)
 }
 
 // Streams at most `max_tokens` tokens of answer.
-fathom::GenerateResult answer(fathom::Session& session, const DemoArgs& args, int64_t max_tokens) {
+fathom::GenerateResult answer(fathom::Session& session, const DemoArgs& args, int64_t max_tokens,
+                              const fathom::SamplingOptions& sampling = {}) {
   RunArgs run_args;
+  run_args.generate.sampling = sampling;
   run_args.n_predict = max_tokens;
   run_args.output = args.output;
   bool stdout_failed = false;
@@ -112,7 +115,7 @@ int run(const DemoArgs& args) {
   note(std::string("\n4. ") + kStoryPrompt);
   must(session.truncate(0));
   must(session.prefill(user_turn(*loaded.model.tokenizer(), kStoryPrompt)));
-  const fathom::GenerateResult story = answer(session, args, kStoryTokens);
+  const fathom::GenerateResult story = answer(session, args, kStoryTokens, kStorySampling);
 
   note("\n5. Planned against used, in bytes:");
   note(memory_table(loaded.engine, loaded.plan));
