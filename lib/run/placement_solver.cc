@@ -20,9 +20,10 @@ struct State {
 constexpr double kSecondsPerByteOver = 1e-3;
 // Placements looked at, at most: a bound on time that does not depend on a clock.
 constexpr int64_t kMostScored = 100000, kScoredPerPart = 4000;
-// Small against what a user could notice: among placements of like speed the smaller slowest stage
-// is taken, and cards that are evenly full (at most a hundredth of the time for it).
-constexpr double kSlowestTie = 1e-4, kMemoryTie = 0.05, kMostUneven = 0.2;
+// Small against what a user could notice: among placements of like speed those with even work are
+// taken - by squares, as the slowest stage does not change before all that are as slow gave a part
+// away - and cards that are evenly full (at most a hundredth of the time for it).
+constexpr double kEvenTie = 1e-3, kMemoryTie = 0.05, kMostUneven = 0.2;
 
 class Descent {
  public:
@@ -150,7 +151,8 @@ PlacementCost Descent::cost(const State& s) const {
 double Descent::score(const State& s) const {
   ++n_scored_;
   const PlacementCost c = cost(s);
-  const double slowest = *std::max_element(c.busy.begin(), c.busy.end());
+  double busy = 0, squares = 1e-30;
+  for (const double b : c.busy) busy += b, squares += b * b;
   double fullest = 0, sum = 0, n = 0;
   for (size_t d = 0; d < n_devices_; ++d) {
     if (p_.is_host[d] || p_.budget[d] <= 0) continue;
@@ -160,7 +162,7 @@ double Descent::score(const State& s) const {
     ++n;
   }
   const double uneven = sum > 0 ? std::min(fullest * n / sum - 1, kMostUneven) : 0;
-  return c.makespan + kSlowestTie * slowest + kMemoryTie * uneven * c.latency +
+  return c.makespan + kEvenTie * squares / (busy + 1e-30) + kMemoryTie * uneven * c.latency +
          kSecondsPerByteOver * static_cast<double>(c.bytes_over);
 }
 
@@ -499,6 +501,12 @@ Placement solve_placement(const SolverProblem& p) {
     own_left -= own_only[i];
   }
   std::vector<std::vector<double>> starts = {memory, speed, filled, own_only};
+  for (const double weight : {0.25, 0.5, 0.75}) {  // between memory and speed
+    std::vector<double> between(n);
+    for (size_t d = 0; d < n; ++d)
+      between[d] = std::pow(memory[d], weight) * std::pow(speed[d], 1 - weight);
+    starts.push_back(between);
+  }
   // The fast ones alone hold layers, in even shares: cards with a slow host behind them.
   for (size_t count = 1; count < n; ++count) {
     std::vector<double> even(n, 0);
