@@ -344,6 +344,52 @@ TEST_CASE("saved with moved pages, restored with moved pages: the same bits", "[
   CHECK(refused.status().code() == Code::kMismatch);
 }
 
+TEST_CASE("pages of a device with memory of its own go to the host, and from there to the file",
+          "[ladder]") {
+  auto machine = MachineDescription::parse(
+      R"({"devices": [{"name": "cpu", "bytes": "40G"}, {"name": "cuda:0", "bytes": "24G"}]})");
+  REQUIRE(machine.ok());
+  auto made = Engine::simulate(*machine, test::config_of({{"weights.type", "q8_0"},
+                                                          {"context.max", "16384"},
+                                                          {"kv.tiers", "device,host,file"},
+                                                          {"kv.ladder", "spill,file"}}));
+  INFO(made.status().message());
+  REQUIRE(made.ok());
+  Engine engine = *made;
+  auto plan = engine.plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2-lite.json");
+  REQUIRE(plan.ok());
+  REQUIRE(plan->feasible);
+  int card = -1, host = -1;
+  for (int d = 0; d < static_cast<int>(plan->devices.size()); ++d)
+    (plan->devices[static_cast<size_t>(d)].kind == DeviceKind::kCpu ? host : card) = d;
+  REQUIRE(card >= 0);
+  REQUIRE(host >= 0);
+  auto model = Model::load(engine, *plan);
+  REQUIRE(model.ok());
+  const int64_t idle = engine.memory().devices[static_cast<size_t>(card)].bytes_now;
+  {
+    Session session = test::new_session(*model);
+    const std::vector<int32_t> text(4000, 7);
+    test::require_ok(session.prefill(text));
+    leave(*model, 0, card);
+    test::require_ok(session.prefill(text));
+    CHECK(count_events(session, "spilled") == 1);
+    CHECK(count_events(session, "spilled_to_file") == 0);
+    const int64_t on_host = session.cache().bytes_in(KvTier::kHost);
+    CHECK(on_host > 0);
+    CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
+    leave(*model, 0, host);
+    test::require_ok(engine.set_host_budget(engine.memory().host_bytes_now));
+    (void)session.prefill(text);  // the host's own layers have no room either
+    CHECK(engine.memory().devices[static_cast<size_t>(card)].bytes_peak <=
+          plan->devices[static_cast<size_t>(card)].budget_bytes);
+    CHECK(session.cache().bytes_in(KvTier::kFile) > 0);
+    test::require_ok(session.truncate(0));
+    CHECK(session.cache().size_bytes() == 0);
+  }
+  CHECK(engine.memory().devices[static_cast<size_t>(card)].bytes_now == idle);
+}
+
 TEST_CASE("a plan that fits by the ladder says so, and the run stays below it", "[ladder]") {
   test::TemporaryFolder folder("plan");
   const test::Settings base{{"context.max", "4096"}, {"kv.page_tokens", "64"}};

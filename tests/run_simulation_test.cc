@@ -117,7 +117,10 @@ TEST_CASE("several simulated devices hold their layers and pass the text on", "[
   // take the rest.
   double busy = 0, most = 0;
   for (int d = 0; d < 3; ++d) {
-    CHECK(engine.busy_seconds(d) > 0);
+    // The placement may leave a device without weights.
+    const PlanDevice& device = model.plan().devices[static_cast<size_t>(d)];
+    CHECK((engine.busy_seconds(d) > 0) ==
+          (device.planned(Purpose::kWeights) + device.planned(Purpose::kExperts) > 0));
     busy += engine.busy_seconds(d);
     most = std::max(most, engine.busy_seconds(d));
   }

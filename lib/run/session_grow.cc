@@ -136,16 +136,19 @@ int64_t SessionState::chunk_gain(int device) const {
 
 void SessionState::lower_chunk() {
   const int64_t shorter = shorter_chunk();
+  // All that may fail comes before anything changes.
+  std::vector<SessionScratch> bytes;
+  for (size_t i = 0; i < stages.size(); ++i)
+    bytes.push_back(scratch_bytes(static_cast<int>(i), shorter));
   for (size_t i = 0; i < stages.size(); ++i) {
-    const SessionScratch bytes = scratch_bytes(static_cast<int>(i), shorter);
     const auto shrink = [&](MemoryRange& range, int64_t wanted) {
       const int64_t keep = committed_bytes(wanted, stages[i].device->granularity());
       if (keep < range.size_bytes()) range.decommit(keep, range.size_bytes() - keep);
     };
-    shrink(scratch[2 * i], bytes.activations_bytes);
-    shrink(scratch[2 * i + 1], bytes.workspace_bytes);
+    shrink(scratch[2 * i], bytes[i].activations_bytes);
+    shrink(scratch[2 * i + 1], bytes[i].workspace_bytes);
     if (static_cast<int>(i) == model.engine().state()->host_device)
-      shrink(staging, bytes.staging_bytes);
+      shrink(staging, bytes[i].staging_bytes);
   }
   carve_scratch(shorter);
 }
@@ -160,7 +163,8 @@ void SessionState::tell_chunk(int64_t before, int64_t freed) {
 
 LadderGains SessionState::ladder_gains(int device, int64_t n_then) const {
   LadderGains gains = cache.pages().gains(device, n_then);
-  gains[LadderStep::kChunk] = chunk_gain(device);
+  if (ladder_has(model.plan().config, LadderStep::kChunk))
+    gains[LadderStep::kChunk] = chunk_gain(device);
   return gains;
 }
 
@@ -241,6 +245,9 @@ Status SessionState::grow(int64_t n_then, bool in_passes) {
   for (;;) {
     if (in_passes) n_then = std::min(n_then, n_tokens + chunk);
     Status refused = cache.reserve(n_then);
+    // A refusal that could not even be told apart from others: the heap has ended, too.
+    if (refused.code() == Code::kBudget && refused.device() < 0)
+      return Status(Code::kMemory, refused.message());
     if (refused.ok() || !is_of_memory(refused)) return refused;
     if (model.plan().config.kv_ladder.empty()) return ended(std::move(refused), n_then, trouble);
     const int64_t growth = cache.pages().growth_bytes(refused.device(), n_then);
@@ -284,9 +291,8 @@ Status SessionState::ended(Status refused, int64_t n_then, const Status& trouble
   const auto climbs = [&](LadderStep step) { return ladder_has(config, step); };
   std::vector<std::string> remedies;
   const int64_t movable = pages.movable_bytes(device, n_then);
-  if (!climbs(LadderStep::kChunk) && gains[LadderStep::kChunk] > 0)
-    remedies.push_back(
-        fmt::format("kv.ladder with chunk frees {} bytes of scratch", gains[LadderStep::kChunk]));
+  if (const int64_t gain = climbs(LadderStep::kChunk) ? 0 : chunk_gain(device); gain > 0)
+    remedies.push_back(fmt::format("kv.ladder with chunk frees {} bytes of scratch", gain));
   else if (!climbs(LadderStep::kFile) && gains[LadderStep::kFile] > 0)
     remedies.push_back(
         fmt::format("kv.ladder with file moves {} bytes of pages out", gains[LadderStep::kFile]));
