@@ -363,7 +363,7 @@ int run(BenchArgs args) {
   const WeightBytes weights = weight_bytes(loaded, info);
   const double active = weights.dense + weights.used_experts(loaded.model.config(), 1);
   const std::vector<Measured> results = Bench(args, loaded, weights, limits.threads, profile).run();
-  const Json memory = memory_json(loaded.engine, loaded.plan);  // without the loop's buffer
+  const Json memory = memory_json(loaded.engine);  // without the loop's buffer
   limits.measure();
   if (args.output.json)
     put_json(to_json(args, loaded, limits, active, results, memory));

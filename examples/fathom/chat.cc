@@ -80,7 +80,7 @@ class Chat {
  private:
   void command(const std::string& line) {
     if (line == "/memory") {
-      note(memory_table(loaded_.engine, loaded_.plan));
+      note(memory_table(loaded_.engine));
       note(fmt::format("context: {} of {} tokens, {} of cache", with_commas(session_.n_tokens()),
                        with_commas(session_.max_tokens()),
                        human_bytes(session_.cache().size_bytes())));

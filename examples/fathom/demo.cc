@@ -118,7 +118,7 @@ int run(const DemoArgs& args) {
   const fathom::GenerateResult story = answer(session, args, kStoryTokens, kStorySampling);
 
   note("\n5. Planned against used, in bytes:");
-  note(memory_table(loaded.engine, loaded.plan));
+  note(memory_table(loaded.engine));
   note(fmt::format("   resident memory grew by {} since the plan",
                    human_bytes(rss_peak_bytes() - resident_before)));
   print_statistics(loaded, session);
@@ -131,7 +131,7 @@ int run(const DemoArgs& args) {
               {"story_stop_reason", fathom::stop_reason_name(story.reason)},
               {"prompt_tokens", prompt.ids.size()},
               {"distance_tokens", prompt.distance},
-              {"memory", memory_json(loaded.engine, loaded.plan)}});
+              {"memory", memory_json(loaded.engine)}});
   return right ? kExitOk : kExitInternal;
 }
 

@@ -60,7 +60,7 @@ int run(const EvalArgs& args) {
               {"timings",
                {{"prefill_tps", rate(times.prefill_tokens, times.prefill_seconds)},
                 {"load_s", loaded.load_seconds}}},
-              {"memory", memory_json(loaded.engine, loaded.plan)}});
+              {"memory", memory_json(loaded.engine)}});
   else
     note(fmt::format("{}: [{}, {}] float32, {:.1f} tok/s", args.logits, out.n_values() / vocab_size,
                      vocab_size, rate(times.prefill_tokens, times.prefill_seconds)));

@@ -148,19 +148,21 @@ fathom::Status prefill(fathom::Session& session, std::span<const int32_t> tokens
   return session.prefill(tokens, options);
 }
 
-Json memory_json(const fathom::Engine& engine, const fathom::Plan& plan) {
+Json memory_json(const fathom::Engine& engine) {
   const fathom::MemorySnapshot snapshot = engine.memory();
   int64_t planned = 0, peak = 0;
-  for (const fathom::PlanDevice& device : plan.devices) planned += device.peak_bytes();
-  for (const fathom::DeviceMemory& device : snapshot.devices) peak += device.bytes_peak;
+  for (const fathom::DeviceMemory& device : snapshot.devices) {
+    planned += device.bytes_planned;
+    peak += device.bytes_peak;
+  }
   Json purposes = Json::object();
   for (int p = 0; p < fathom::kPurposeCount; ++p) {
     const auto purpose = static_cast<fathom::Purpose>(p);
     int64_t purpose_peak = 0, purpose_planned = 0;
-    for (int d = 0; d < static_cast<int>(snapshot.devices.size()); ++d)
+    for (int d = 0; d < static_cast<int>(snapshot.devices.size()); ++d) {
       purpose_peak += snapshot.item(d, purpose).bytes_peak;
-    for (const fathom::PlanDevice& device : plan.devices)
-      purpose_planned += device.planned(purpose);
+      purpose_planned += snapshot.item(d, purpose).bytes_planned;
+    }
     purposes[std::string(fathom::purpose_name(purpose))] = {{"peak_bytes", purpose_peak},
                                                             {"planned_bytes", purpose_planned}};
   }
@@ -170,24 +172,23 @@ Json memory_json(const fathom::Engine& engine, const fathom::Plan& plan) {
           {"purposes", purposes}};
 }
 
-std::string memory_table(const fathom::Engine& engine, const fathom::Plan& plan) {
+std::string memory_table(const fathom::Engine& engine) {
   const fathom::MemorySnapshot snapshot = engine.memory();
   std::string text = fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}\n", "device", "purpose", "now",
                                  "peak", "planned");
   for (int d = 0; d < static_cast<int>(snapshot.devices.size()); ++d) {
     const fathom::DeviceMemory& device = snapshot.devices[static_cast<size_t>(d)];
-    const fathom::PlanDevice& planned = plan.devices[static_cast<size_t>(d)];
     for (int p = 0; p < fathom::kPurposeCount; ++p) {
       const auto purpose = static_cast<fathom::Purpose>(p);
       const fathom::MemoryItem& item = snapshot.item(d, purpose);
-      if (item.bytes_peak == 0 && planned.planned(purpose) == 0) continue;
+      if (item.bytes_peak == 0 && item.bytes_planned == 0) continue;
       text += fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}\n", device.name,
                           fathom::purpose_name(purpose), with_commas(item.bytes_now),
-                          with_commas(item.bytes_peak), with_commas(planned.planned(purpose)));
+                          with_commas(item.bytes_peak), with_commas(item.bytes_planned));
     }
     text += fmt::format("{:<8} {:<12} {:>18} {:>18} {:>18}   budget {}\n", device.name, "total",
                         with_commas(device.bytes_now), with_commas(device.bytes_peak),
-                        with_commas(planned.peak_bytes()), with_commas(device.budget_bytes));
+                        with_commas(device.bytes_planned), with_commas(device.budget_bytes));
   }
   text += fmt::format("process: resident peak {}, now {}", with_commas(rss_peak_bytes()),
                       with_commas(rss_bytes()));

@@ -50,9 +50,9 @@ fathom::Status prefill(fathom::Session&, std::span<const int32_t> tokens, int64_
                        size_t bar_from = 0);
 
 // {planned_peak_bytes, ledger_peak_bytes, rss_peak_bytes, purposes{name: {peak, planned}}}
-Json memory_json(const fathom::Engine&, const fathom::Plan&);
+Json memory_json(const fathom::Engine&);
 // The same as a table, with what is held now.
-std::string memory_table(const fathom::Engine&, const fathom::Plan&);
+std::string memory_table(const fathom::Engine&);
 
 Json events_json(const fathom::Session&);
 

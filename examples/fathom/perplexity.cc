@@ -154,7 +154,7 @@ int run(const PerplexityArgs& args) {
                {"windows", nlls},
                {"tokens", n_windows * window},
                {"tokens_per_second", rate(n_windows * window, seconds)},
-               {"memory", memory_json(loaded.engine, loaded.plan)}};
+               {"memory", memory_json(loaded.engine)}};
   std::string text =
       fmt::format("perplexity {:.4f}  nll {:.6f}  {} windows of {} tokens  {:.1f} tok/s\n",
                   std::exp(nll), nll, n_windows, window, rate(n_windows * window, seconds));

@@ -201,7 +201,7 @@ int run(const RetrievalArgs& args) {
   if (args.output.json) {
     Json json = scores_json(scores, needles);
     json["tokens_per_second"] = rate(total, seconds);
-    json["memory"] = memory_json(loaded.engine, loaded.plan);
+    json["memory"] = memory_json(loaded.engine);
     put_json(json);
   } else {
     put(table(scores));

@@ -51,7 +51,7 @@ Json result_json(const RunArgs& args, const Loaded& loaded, const fathom::Sessio
         {"load_s", loaded.load_seconds},
         {"prefill_s", times.prefill_seconds},
         {"decode_s", times.decode_seconds}}},
-      {"memory", memory_json(loaded.engine, loaded.plan)},
+      {"memory", memory_json(loaded.engine)},
       {"events", events_json(session)},
   };
   if (!result.status.ok()) json["message"] = result.status.message();
@@ -176,17 +176,18 @@ void print_statistics(const Loaded& loaded, const fathom::Session& session) {
                    rate(times.prefill_tokens, times.prefill_seconds),
                    with_commas(times.decode_tokens),
                    rate(times.decode_tokens, times.decode_seconds)));
-  int64_t planned = 0, peak = 0;
-  for (const fathom::PlanDevice& device : loaded.plan.devices) planned += device.peak_bytes();
-  for (const fathom::DeviceMemory& device : loaded.engine.memory().devices)
+  int64_t planned = 0, peak = 0;  // the timeline's recorder is in both
+  for (const fathom::DeviceMemory& device : loaded.engine.memory().devices) {
+    planned += device.bytes_planned;
     peak += device.bytes_peak;
+  }
   note(
       fmt::format("memory: planned peak {} for {} tokens, ledger peak {} at {} tokens (KV {}), "
                   "resident peak {}",
                   human_bytes(planned), with_commas(loaded.plan.max_context), human_bytes(peak),
                   with_commas(session.n_tokens()), human_bytes(session.cache().size_bytes()),
                   human_bytes(rss_peak_bytes())));
-  if (verbosity() == Verbosity::kVerbose) note(memory_table(loaded.engine, loaded.plan));
+  if (verbosity() == Verbosity::kVerbose) note(memory_table(loaded.engine));
 }
 
 void add_run(CLI::App& app, Action& action) {

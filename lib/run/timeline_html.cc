@@ -75,6 +75,11 @@ function tickStep(range, most) {
   const least = Math.max(range, 1e-9) / most, power = 10 ** Math.floor(Math.log10(least));
   return power * ([1, 2, 5, 10].find(f => f * power >= least) || 10);
 }
+function timeStep(seconds, most) {
+  if (seconds < 60) return tickStep(seconds, most);
+  return [10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800].find(s => seconds <= s * most) ||
+      3600 * tickStep(seconds / 3600, most);
+}
 const byteStep = (range, most) => 2 ** Math.ceil(Math.log2(Math.max(range, 1) / most));
 const quote = s => s.replace(/[&<>"]/g, c => ({'&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;'}[c]));
 const total = p => { let sum = 0; for (let i = BYTES; i < p.length; ++i) sum += p[i]; return sum; };
@@ -120,7 +125,7 @@ function draw(view) {
     out += text(right + 8, yTokens(n) + 4, count(n));
   out += text(right + 8, top - 8, 'tokens');
   const label = narrow ? 4 : 8;
-  for (let i = 0, by = tickStep(span, label); i * by <= span * 1.0001; ++i)
+  for (let i = 0, by = timeStep(span, label); i * by <= span * 1.0001; ++i)
     out += line('mark', x(i * by), x(i * by), base + 19, base + 24) +
         text(x(i * by), base + 38, time(i * by), 'text-anchor="middle"');
 

@@ -119,7 +119,7 @@ class SvgWriter {
           run::grouped_digits(static_cast<int64_t>(n)));
     add("<text class=\"quiet\" x=\"{}\" y=\"{:.1f}\">tokens</text>\n", kWidth - kRight + 8,
         top_ - 8);
-    const double time_step = run::tick_step(t_.seconds, 8);
+    const double time_step = run::time_tick_step(t_.seconds, 8);
     for (double s = 0; s <= t_.seconds * 1.0001; s += time_step)
       add("<line class=\"axis\" x1=\"{0:.1f}\" x2=\"{0:.1f}\" y1=\"{1:.1f}\" y2=\"{2:.1f}\"/>"
           "<text class=\"quiet middle\" x=\"{0:.1f}\" y=\"{3:.1f}\">{4}</text>\n",

@@ -62,6 +62,13 @@ double tick_step(double range, int most) {
   return 10 * power;
 }
 
+double time_tick_step(double seconds, int most) {
+  if (seconds < 60) return tick_step(seconds, most);
+  for (const int step : {10, 15, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800})
+    if (seconds <= step * most) return step;
+  return 3600 * tick_step(seconds / 3600, most);
+}
+
 double byte_tick_step(double range, int most) {
   return std::exp2(std::ceil(std::log2(std::max(range, 1.0) / most)));
 }

@@ -25,9 +25,10 @@ inline constexpr std::array<Purpose, kPurposeCount> kStackOrder = {
 inline constexpr std::array<std::string_view, kPurposeCount> kPurposeColours = {
     "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#d9cf2f", "#d55e00", "#8a8f98"};
 
-// A step of 1, 2 or 5 times a power of ten (bytes: 1, 2, 4, ... 512 of a unit) that cuts `range`
-// into at most `most` parts.
+// A step that cuts a range into at most `most` parts: 1, 2 or 5 times a power of ten; parts of
+// minutes and hours for a long time; a power of two for bytes.
 double tick_step(double range, int most);
+double time_tick_step(double seconds, int most);
 double byte_tick_step(double range, int most);
 
 // The top of a device's scale: what was held and planned, and the budget where it is near enough
