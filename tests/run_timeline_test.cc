@@ -3,12 +3,14 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <set>
+#include <thread>
 
 #include "lib/run/session_state.h"
 #include "support/loaded_model.h"
@@ -299,7 +301,9 @@ TEST_CASE("watching costs less than one percent of decode time", "[.][bench]") {
   Session session = test::new_session(*model);
   test::require_ok(session.prefill(std::vector<int32_t>(100, 7)));
   double sum = 0;
-  const StepFunction on_step = [&](const StepReport& report) { return (sum += report.seconds) > 0; };
+  const StepFunction on_step = [&](const StepReport& report) {
+    return (sum += report.seconds) > 0;
+  };
   test::require_ok(engine.start_timeline());
   std::vector<double> steps;
   for (int i = 0; i < 1000; ++i) {
@@ -323,6 +327,41 @@ TEST_CASE("watching costs less than one percent of decode time", "[.][bench]") {
   WARN("a step of the example model " << steps[500] * 1e6 << " us, watching it " << cost * 1e9
                                       << " ns: " << 100 * cost / steps[500] << " percent");
   CHECK(cost < 0.01 * steps[500]);
+}
+
+TEST_CASE("recorders start, are read and stop while sessions work on other threads", "[timeline]") {
+  const Model model = test::load_model(
+      FATHOM_EXAMPLE_MODEL, {{"context.max", "300"}, {"threads", "1"}, {"sessions.max", "2"}});
+  Engine engine = model.engine();
+  std::atomic<bool> failed{false}, done{false};
+  const auto work = [&] {
+    for (int round = 0; round < 6; ++round) {
+      auto session = Session::create(model);
+      for (int i = 0; i < 40 && session.ok(); ++i)
+        if (!session->step(7).ok()) failed = true;
+      if (!session.ok() || !session->truncate(3).ok()) failed = true;
+    }
+  };
+  std::thread a(work), b([&] {
+    work();
+    done = true;
+  });
+  int n_read = 0;
+  do {
+    if (!engine.start_timeline({64}).ok()) failed = true;
+    for (int i = 0; i < 5; ++i) {
+      const auto timeline = engine.timeline();
+      if (!timeline.ok() || timeline->devices[0].points.empty()) failed = true;
+      ++n_read;
+    }
+    if (!engine.stop_timeline().ok()) failed = true;
+  } while (!done);
+  a.join();
+  b.join();
+  CHECK_FALSE(failed);
+  CHECK(n_read >= 5);
+  test::require_ok(engine.start_timeline());
+  CHECK(engine.timeline()->devices[0].points.back().n_tokens == 0);  // every session is gone
 }
 
 TEST_CASE("a step callback sees every pass and token, and can stop", "[timeline]") {

@@ -135,8 +135,7 @@ Loaded load_model(const std::string& model_path, const fathom::Config& config,
 
 fathom::Status prefill(fathom::Session& session, std::span<const int32_t> tokens,
                        int64_t deadline_ms, size_t bar_from) {
-  Progress bar("prefill", Progress::Unit::kTokens,
-               [&session] { return memory_line(session); });
+  Progress bar("prefill", Progress::Unit::kTokens, [&session] { return memory_line(session); });
   fathom::RunOptions options;
   options.cancel = &cancel_token();
   options.deadline_ms = deadline_ms;

@@ -145,13 +145,12 @@ void Ledger::refresh(MemorySnapshot& picture) const noexcept {
   }
 }
 
-void Ledger::watch(LedgerWatcher* watcher) {
+void Ledger::watch(LedgerWatcher* watcher) noexcept {
   std::lock_guard lock(mutex_);
-  if (watcher) {
-    std::vector<int64_t> bytes_now;
-    for (const Account& account : accounts_)
-      for (const Count& count : account.purposes) bytes_now.push_back(count.now);
-    watcher->watching(bytes_now);
+  for (size_t d = 0; watcher != nullptr && d < accounts_.size(); ++d) {
+    std::array<int64_t, kPurposeCount> bytes_now;
+    for (size_t p = 0; p < kPurposeCount; ++p) bytes_now[p] = accounts_[d].purposes[p].now;
+    watcher->watching(static_cast<int>(d), bytes_now);
   }
   watcher_ = watcher;
 }

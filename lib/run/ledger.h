@@ -23,8 +23,8 @@ struct LedgerDevice {
 // Sees what was booked, under the ledger's lock: be quick, do not call the ledger.
 class LedgerWatcher {
  public:
-  // Before the first change: bytes held, [n_devices, kPurposeCount].
-  virtual void watching(std::span<const int64_t> bytes_now) noexcept = 0;
+  // Before the first change, once for each device in order: bytes held, [kPurposeCount].
+  virtual void watching(int device, std::span<const int64_t> bytes_now) noexcept = 0;
   virtual void changed(int device, Purpose purpose, int64_t bytes_now) noexcept = 0;
 
  protected:
@@ -61,7 +61,7 @@ class Ledger {
   // The same into a snapshot of this ledger: nothing is allocated.
   void refresh(MemorySnapshot& picture) const noexcept;
   // From now on; null: nobody.  It must outlive the ledger or be taken back.
-  void watch(LedgerWatcher* watcher);
+  void watch(LedgerWatcher* watcher) noexcept;
 
  private:
   struct Count {

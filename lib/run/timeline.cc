@@ -84,15 +84,14 @@ Status TimelineRecorder::start(MemoryRange buffer, Ledger& ledger, int host_devi
   return {};
 }
 
-void TimelineRecorder::watching(std::span<const int64_t> bytes_now) noexcept {
+void TimelineRecorder::watching(int device, std::span<const int64_t> bytes_now) noexcept {
   std::lock_guard lock(mutex_);
-  for (int d = 0; d < n_devices_; ++d) {
-    Current& device = at_.current[d];
-    std::copy_n(bytes_now.begin() + d * kPurposeCount, kPurposeCount, device.bytes.begin());
-    device.total = std::accumulate(device.bytes.begin(), device.bytes.end(), int64_t{0});
-    device.peak = device.total;
-    device.peaks = device.bytes;
-  }
+  Current& current = at_.current[device];
+  std::copy(bytes_now.begin(), bytes_now.end(), current.bytes.begin());
+  current.total = std::accumulate(bytes_now.begin(), bytes_now.end(), int64_t{0});
+  current.peak = current.total;
+  current.peaks = current.bytes;
+  if (device < n_devices_ - 1) return;
   open_bucket(0, 0);
   running_.store(true, std::memory_order_release);
 }

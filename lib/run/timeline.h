@@ -47,7 +47,7 @@ class TimelineRecorder final : public LedgerWatcher {
   void begin_load(std::string_view model) noexcept;
 
   // As LedgerWatcher.
-  void watching(std::span<const int64_t> bytes_now) noexcept override;
+  void watching(int device, std::span<const int64_t> bytes_now) noexcept override;
   void changed(int device, Purpose purpose, int64_t bytes_now) noexcept override;
 
  private:

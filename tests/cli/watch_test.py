@@ -92,10 +92,13 @@ class Timelines(Case):
 
     def test_a_full_context_reaches_the_plan_to_the_byte(self):
         path = self.folder / "t.json"
-        self.run_ok("run", "-m", MODEL, "-p", STORY, "--ignore-eos", "-c", 300, "--timeline", path)
+        r = self.run_ok("run", "-m", MODEL, "-p", STORY, "--ignore-eos", "-c", 300, "--timeline", path, "--json")
         t = json.loads(path.read_text())
         self.assertEqual(t["peak_bytes"], t["planned_bytes"])
         self.assertIn("difference +0.0%", t["summary"])
+        memory = r.json()["memory"]
+        self.assertEqual(memory["planned_peak_bytes"], t["planned_bytes"])
+        self.assertEqual(memory["ledger_peak_bytes"], t["peak_bytes"])
 
     def test_csv(self):
         rows = list(csv.DictReader(io.StringIO(self.write("t.csv"))))
@@ -128,6 +131,20 @@ class Timelines(Case):
         self.assertEqual(kinds[:3], ["load", "prefill", "decode"])
         self.run_code(6, "run", "-m", MODEL, "-p", STORY * 20, "-c", 40, "--timeline", path)
         self.assertEqual([m["kind"] for m in json.loads(path.read_text())["marks"]], ["load"])
+
+    def test_steps_of_the_ladder_are_marked(self):
+        flags = ("-m", MODEL, "-c", 2000, "-b", 64, "--set", "kv.page_tokens=64")
+        peak = self.run_ok("plan", *flags, "--json").json()["devices"][0]["peak_bytes"]
+        path = self.folder / "t.json"
+        r = self.run_ok("run", *flags, "-p", STORY, "-n", 1500, "--ignore-eos", "--timeline", path,
+                        "--set", "kv.tiers=device,file", "--mem-budget", f"cpu={peak - 200 * 1024}")
+        self.assertIn("event: ", r.err)
+        t = json.loads(path.read_text())
+        spills = [m for m in t["marks"] if m["kind"] == "spilled_to_file"]
+        self.assertGreater(sum(m["bytes"] for m in spills), 0, t["marks"])
+        self.assertLessEqual(t["peak_bytes"], t["planned_bytes"])
+        self.assertLessEqual(t["peak_bytes"], t["devices"][0]["budget_bytes"])
+        self.assertIn("spill file", r.err)
 
     def test_what_cannot_be_written_is_told(self):
         self.assertIn("--timeline", self.run_code(2, "run", "-m", MODEL, "-p", "x", "--timeline", "t.png").err)
