@@ -146,11 +146,13 @@ function draw(view) {
   }
   const route = points.map((p, i) => (i ? 'L' : 'M') + x(p[0]).toFixed(1) + ' ' + yTokens(p[1]).toFixed(1)).join('');
   out += `<path class="halo" d="${route}"/><path class="tokens" d="${route}"/>`;
-  const level = (value, name, word) => value ? line('halo', left, right, y(value), y(value)) +
+  // The plan's name stands on the left, the budget's on the right: they may be one line.
+  const level = (value, name, word, place) => value ? line('halo', left, right, y(value), y(value)) +
       line(name, left, right, y(value), y(value)) +
-      text(left + 6, y(value) - 5, word + ' ' + bytes(value), 'class="strong"') : '';
-  out += level(device.planned_bytes, 'plan', 'plan');
-  if (near) out += level(device.budget_bytes, 'limit', 'budget');
+      text(place === 'end' ? right - 6 : left + 6, y(value) - 5, word + ' ' + bytes(value),
+           `class="strong" text-anchor="${place}"`) : '';
+  out += level(device.planned_bytes, 'plan', 'plan', 'start');
+  if (near) out += level(device.budget_bytes, 'limit', 'budget', 'end');
 
   // Labels take the first row in which they do not run into the one before.
   const free = narrow ? [left] : [left, left];

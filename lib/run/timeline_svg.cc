@@ -94,8 +94,9 @@ class SvgWriter {
     axes();
     areas(device);
     tokens(device);
-    level(device.planned_bytes, "plan", "plan");
-    if (scale_.shows_budget) level(device.budget_bytes, "budget", "budget");
+    // The plan's name stands on the left, the budget's on the right: they may be one line.
+    level(device.planned_bytes, "plan", kLeft + 6, "start");
+    if (scale_.shows_budget) level(device.budget_bytes, "budget", kWidth - kRight - 6, "end");
     all_marks(top);
     phases(device);
     out_ += "</g>\n";
@@ -162,13 +163,13 @@ class SvgWriter {
     add("<path class=\"halo\" d=\"{0}\"/><path class=\"tokens\" d=\"{0}\"/>\n", path);
   }
 
-  void level(int64_t bytes, const char* style, const char* name) {
+  void level(int64_t bytes, const char* name, double x, const char* anchor) {
     if (bytes == 0) return;
     const double y = y_of(static_cast<double>(bytes));
     add("<line class=\"halo\" x1=\"{0}\" x2=\"{1}\" y1=\"{2:.1f}\" y2=\"{2:.1f}\"/>"
         "<line class=\"{3}\" x1=\"{0}\" x2=\"{1}\" y1=\"{2:.1f}\" y2=\"{2:.1f}\"/>"
-        "<text x=\"{4}\" y=\"{5:.1f}\">{6} {7}</text>\n",
-        kLeft, kWidth - kRight, y, style, kLeft + 6, y - 5, name, human_bytes(bytes));
+        "<text x=\"{4}\" y=\"{5:.1f}\" text-anchor=\"{6}\">{3} {7}</text>\n",
+        kLeft, kWidth - kRight, y, name, x, y - 5, anchor, human_bytes(bytes));
   }
 
   // Labels take the first of two rows in which they do not run into the one before.

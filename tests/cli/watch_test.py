@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import unittest
@@ -149,6 +150,38 @@ class Timelines(Case):
     def test_what_cannot_be_written_is_told(self):
         self.assertIn("--timeline", self.run_code(2, "run", "-m", MODEL, "-p", "x", "--timeline", "t.png").err)
         self.run_code(5, "run", "-m", MODEL, "-p", "x", "-n", 1, "--timeline", self.folder / "no/t.html")
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@unittest.skipUnless(BROWSER, "no headless browser (chromium) here")
+class Browser(Case):
+    # Moves the pointer over the first panel and then the keyboard's cursor to its end.
+    SCRIPT = """<script>setTimeout(() => {
+      const svg = document.querySelector('figure svg'), box = svg.getBoundingClientRect();
+      svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + box.width / 2, clientY: box.top + 90}));
+      document.body.dataset.tip = document.getElementById('tip').innerText;
+      svg.dispatchEvent(new KeyboardEvent('keydown', {key: 'End'}));
+      document.body.dataset.live = document.getElementById('live').textContent;
+    }, 50)</script></body>"""
+
+    def test_the_page_draws_itself_and_answers_pointer_and_keys(self):
+        path = self.folder / "t.html"
+        self.run_ok("run", "-m", MODEL, "-p", STORY, "--ignore-eos", "-c", 300, "--timeline", path,
+                    "--set", "devices=cpu:0,cpu:1")
+        page = path.read_text()
+        path.write_text(page.replace("</body>", self.SCRIPT))
+        dom = subprocess.run([BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000",
+                              f"--user-data-dir={self.folder}/profile", "--dump-dom", f"file://{path}"],
+                             capture_output=True, timeout=TIMEOUT_S).stdout.decode()
+        self.assertIn('data-drawn="2"', dom)
+        self.assertEqual(dom.count('aria-label="Memory of cpu:'), 2)
+        self.assertGreater(dom.count('<path class="area"'), 10)
+        tip = re.search(r'data-tip="([^"]*)"', dom)[1]
+        for word in ("decode", "tokens", "kv", "weights"):
+            self.assertIn(word, tip)
+        self.assertIn("decode, 300 tokens", re.search(r'data-live="([^"]*)"', dom)[1])
 
 
 class Live(Case):
