@@ -24,3 +24,6 @@ install(FILES "${PROJECT_BINARY_DIR}/fathom-config.cmake"
 if(TARGET fathom_cli)
   install(TARGETS fathom_cli RUNTIME DESTINATION "${CMAKE_INSTALL_BINDIR}")
 endif()
+if(TARGET fathom_cuda_plugin)
+  install(TARGETS fathom_cuda_plugin LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+endif()

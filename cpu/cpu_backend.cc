@@ -19,9 +19,6 @@
 
 namespace fathom {
 
-// The interface's own home is the one backend that is always there.
-Backend::~Backend() = default;
-
 Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions& options) {
   FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> backend, cpu::CpuBackend::create(options));
   return backend;

@@ -15,8 +15,8 @@ std::byte* at(void* base, int64_t offset) {
 
 }  // namespace
 
-EmulatedDevice::EmulatedDevice(int64_t total_bytes)
-    : total_(total_bytes), staging_(new std::byte[cuda::kStagingBytes]) {}
+EmulatedDevice::EmulatedDevice(std::string name, int64_t total_bytes)
+    : name_(std::move(name)), total_(total_bytes), staging_(new std::byte[cuda::kStagingBytes]) {}
 
 Result<void*> EmulatedDevice::reserve(int64_t bytes) noexcept {
   void* base = mmap(nullptr, static_cast<size_t>(bytes), PROT_NONE,
@@ -27,8 +27,8 @@ Result<void*> EmulatedDevice::reserve(int64_t bytes) noexcept {
 
 Status EmulatedDevice::commit(void* base, int64_t offset, int64_t bytes) noexcept {
   if (commits_until_failure >= 0 && commits_until_failure-- == 0)
-    return Status(Code::kMemory, "cuda:0: out of memory (a failure on purpose)");
-  if (committed_ + bytes > total_) return Status(Code::kMemory, "cuda:0: out of memory");
+    return Status(Code::kMemory, name_ + ": out of memory (a failure on purpose)");
+  if (committed_ + bytes > total_) return Status(Code::kMemory, name_ + ": out of memory");
   if (mprotect(at(base, offset), static_cast<size_t>(bytes), PROT_READ | PROT_WRITE) != 0)
     return Status(Code::kMemory, "mprotect");
   committed_ += bytes;
@@ -79,7 +79,7 @@ int EmulatedDevice::gemm(const cuda::GemmParams& p) noexcept {
 
 Status EmulatedDevice::wait() noexcept {
   const std::string failure = cuda::emulated::Machine::here().take_failure();
-  return failure.empty() ? Status() : Status(Code::kDevice, "cuda:0: " + failure);
+  return failure.empty() ? Status() : Status(Code::kDevice, name_ + ": " + failure);
 }
 
 std::string EmulatedDevice::error_text(int error) const {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/device.h"
@@ -14,15 +15,15 @@ namespace fathom::test {
 // Reserved addresses fault until they are committed; committed memory is zeroed.
 class EmulatedDevice final : public cuda::Device {
  public:
-  explicit EmulatedDevice(int64_t total_bytes = int64_t{8} << 30);
+  explicit EmulatedDevice(std::string name = "cuda:0", int64_t total_bytes = int64_t{8} << 30);
 
   // Commits until the next one that fails once; -1: none fails.
   int64_t commits_until_failure = -1;
   int64_t committed_bytes() const noexcept { return committed_; }
   int64_t gemms() const noexcept { return gemms_; }
 
-  std::string_view name() const noexcept override { return "cuda:0"; }
-  std::string describe() const override { return "cuda:0: emulated on the host"; }
+  std::string_view name() const noexcept override { return name_; }
+  std::string describe() const override { return name_ + ": emulated on the host"; }
   int64_t max_shared_bytes() const noexcept override { return 227 << 10; }
   int64_t granularity() const noexcept override { return 64 << 10; }
   MemoryState memory() const noexcept override { return {total_, total_ - committed_}; }
@@ -40,6 +41,7 @@ class EmulatedDevice final : public cuda::Device {
   std::string error_text(int error) const override;
 
  private:
+  const std::string name_;
   int64_t total_, committed_ = 0, gemms_ = 0;
   std::unique_ptr<std::byte[]> staging_;
 };

@@ -38,6 +38,8 @@ TEST_CASE("defaults are those of the fields, and valid") {
   const Config config;
   CHECK(config.validate().ok());
   CHECK(text(config, "devices") == "cpu");
+  CHECK(text(config, "devices.missing") == "refuse");
+  CHECK(text(config, "cuda.plugin") == "auto");
   CHECK(text(config, "budget.cpu") == "auto");
   CHECK(text(config, "context.max") == "auto");
   CHECK(text(config, "context.reserve") == "0");
@@ -59,6 +61,10 @@ TEST_CASE("set reaches the field, auto clears it") {
   Config config;
   REQUIRE(config.set("devices", "cpu:0,cpu:1").ok());
   CHECK(config.devices == "cpu:0,cpu:1");
+  REQUIRE(config.set("devices.missing", "skip").ok());
+  CHECK(config.devices_missing == MissingDevice::kSkip);
+  REQUIRE(config.set("cuda.plugin", "/opt/fathom/libfathom_cuda.so").ok());
+  CHECK(config.cuda_plugin == "/opt/fathom/libfathom_cuda.so");
   REQUIRE(config.set("budget.cpu:1", "1.5G").ok());
   CHECK(config.budget.at("cpu:1") == int64_t{3} << 29);
   REQUIRE(config.set("budget.host", "2G").ok());
@@ -106,6 +112,11 @@ TEST_CASE("a refused value is named with its key and range, and changes nothing"
   CHECK_THAT(refusal("context.max", "2147483648"), Contains("[1, 2147483647]"));
   CHECK_THAT(refusal("context.max", "18446744073709551616"), Contains("18446744073709551616"));
   CHECK_THAT(refusal("context.reserve", "-1"), Contains("\"-1\""));
+  CHECK(refusal("devices.missing", "ignore") ==
+        "devices.missing = \"ignore\": must be refuse, skip");
+  CHECK(refusal("cuda.plugin", "libfathom_cuda.so") ==
+        "cuda.plugin = \"libfathom_cuda.so\": must be auto or an absolute path of at most 1024 "
+        "bytes");
   CHECK(refusal("kv.type", "f64") ==
         "kv.type = \"f64\": must be auto, f32, bf16, f16, fp8, q8_0, q4_0");
   for (const char* v : {"48", "8", "8192", "64.0", "0x40"})

@@ -56,10 +56,19 @@ constexpr std::string_view placement_goal_name(PlacementGoal goal) noexcept {
   return kNames[static_cast<int>(goal)];
 }
 
+enum class MissingDevice : uint8_t { kRefuse, kSkip };
+
 struct Config {
   // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
   // devices with budgets of their own.
+  // "cuda:0,cpu" names a GPU, whose plug-in is opened (backend_plugin.hpp); one device is a CPU.
   std::string devices = "cpu";
+  // devices.missing: what to do about a device that cannot be had (no driver, no plug-in, no such
+  // GPU): refuse, or skip it with a warning in the log, so long as one is left.
+  MissingDevice devices_missing = MissingDevice::kRefuse;
+  // cuda.plugin: the plug-in for GPUs, an absolute path.  auto: libfathom_cuda.so beside this
+  // library, in ../lib of there, or where the system looks for libraries.
+  std::optional<std::string> cuda_plugin;
   // budget.<device>: bytes that the ledger lets this device hold; auto: what is free when the
   // engine is made.  Suffixes K, M, G, T (powers of 1024).  "host" limits the sum of all CPU devices.
   std::map<std::string, int64_t> budget;

@@ -21,6 +21,7 @@ namespace {
 constexpr std::string_view kAuto = "auto", kNone = "none";
 constexpr std::string_view kFolder = "folder";
 constexpr std::string_view kPins = "placement", kDevice = "device";
+constexpr std::string_view kFile = "file";
 constexpr int64_t kMaxBudget = int64_t{1} << 50;
 constexpr int64_t kMaxTokens = (int64_t{1} << 31) - 1;
 
@@ -32,6 +33,7 @@ constexpr std::array<std::string_view, kKvTypeCount> kKvTypes = [] {
 }();
 // In the order of the enumerators.
 constexpr std::string_view kWeightsTypes[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
+constexpr std::string_view kMissingDevices[] = {"refuse", "skip"};
 constexpr std::string_view kTiers[] = {"device", "host", "file"};
 constexpr std::string_view kLadderSteps[] = {"chunk", "spill", "requantise", "file"};
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
@@ -97,7 +99,7 @@ Status parse(const Setting& setting, std::string_view key, std::string_view text
 
 Status parse(const Setting& setting, std::string_view key, std::string_view text,
              std::string& out) {
-  if (setting.unit == kFolder) {
+  if (setting.unit == kFolder || setting.unit == kFile) {
     constexpr size_t kMost = 1024;
     const bool printable =
         std::all_of(text.begin(), text.end(), [](char c) { return c >= 0x20 || c < 0; });
@@ -215,14 +217,14 @@ constexpr Setting row(Setting setting) {
   setting.takes_auto =
       IsOptional<Field>::value || std::is_same_v<Field, std::map<std::string, int64_t>> ||
       setting.unit == kPins || setting.unit == kDevice;
-  setting.type = IsList<Field>::value       ? "list"
-                 : !setting.choices.empty() ? "choice"
-                 : setting.unit == kFolder  ? "folder"
-                 : setting.unit == kPins    ? "placement"
-                 : setting.unit == kDevice  ? "device"
-                 : setting.unit == "bytes"  ? "bytes"
-                 : setting.unit.empty()     ? "devices"
-                                            : "integer";
+  setting.type = IsList<Field>::value                               ? "list"
+                 : !setting.choices.empty()                         ? "choice"
+                 : setting.unit == kFolder || setting.unit == kFile ? setting.unit
+                 : setting.unit == kPins                            ? "placement"
+                 : setting.unit == kDevice                          ? "device"
+                 : setting.unit == "bytes"                          ? "bytes"
+                 : setting.unit.empty()                             ? "devices"
+                                                                    : "integer";
   setting.set = set_field<Member>;
   setting.get = get_field<Member>;
   return setting;
@@ -234,7 +236,18 @@ constexpr Setting kSettings[] = {
         {.key = "devices",
          .memory = "each device holds its layers' weights and cache, within a budget of its own",
          .text = "Devices to use, in order, separated by commas; \"cpu:0,cpu:1\" declares two CPU "
-                 "devices."}),
+                 "devices, \"cuda:0,cpu\" names a GPU."}),
+    row<&Config::devices_missing>(
+        {.key = "devices.missing",
+         .choices = kMissingDevices,
+         .memory = "none",
+         .text = "What to do about a device that cannot be had (no driver, no plug-in, no such "
+                 "GPU): refuse, or skip it with a warning so long as another is left."}),
+    row<&Config::cuda_plugin>(
+        {.key = "cuda.plugin",
+         .unit = kFile,
+         .memory = "none",
+         .text = "File of the plug-in for GPUs; auto: libfathom_cuda.so beside the library."}),
     row<&Config::budget>(
         {.key = "budget.",
          .unit = "bytes",
@@ -409,7 +422,8 @@ std::string Setting::range_text() const {
     return "auto or device=layers, separated by commas; layers are *, or numbers and ranges such as "
            "0-3+8; of experts: device=layers:experts";
   if (type == "device") return "auto or the name of one device";
-  if (type == "folder") return "an absolute path of at most 1024 bytes";
+  if (type == kFolder || type == kFile)
+    return fmt::format("{}an absolute path of at most 1024 bytes", either);
   if (!choices.empty()) {
     const std::string words = fmt::format("{}", fmt::join(choices, ", "));
     return takes_auto ? fmt::format("auto, {}", words) : words;

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../io/replace_file.h"
+#include "backend_plugin.h"
 #include "config_schema.h"
 #include "engine_state.h"
 #include "observed_backend.h"
@@ -47,42 +48,80 @@ void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
   }
 }
 
+Result<std::unique_ptr<Backend>> make_device(const Config& config, const std::string& name) {
+  if (!run::plugin_file(name).empty())
+    return run::open_plugin_device(config.cuda_plugin.value_or(""),
+                                   {.name = name, .numerics = config.numerics});
+  if (!is_cpu_name(name))
+    return Status(Code::kUnsupported,
+                  fmt::format("devices: \"{}\" is not a device of this build (cpu, cpu:N, cuda:N)",
+                              name))
+        .about("devices");
+  CpuOptions options;
+  options.name = name;
+  options.threads = static_cast<int>(config.threads);
+  options.isa = config.isa;
+  options.numerics = config.numerics;
+  return make_cpu_backend(options);
+}
+
+bool is_host(const Backend& device) {
+  return device.kind() == DeviceKind::kCpu;
+}
+
+// The devices that the configuration names, without those it lets be missing.
+Result<std::vector<std::unique_ptr<Backend>>> make_devices(const Config& config,
+                                                           std::vector<std::string>& warnings) {
+  FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
+  std::vector<std::unique_ptr<Backend>> devices;
+  for (const std::string& name : names) {
+    Result<std::unique_ptr<Backend>> device = make_device(config, name);
+    if (device.ok())
+      devices.push_back(std::move(device).value());
+    else if (config.devices_missing == MissingDevice::kRefuse || run::plugin_file(name).empty())
+      return std::move(device).status();
+    else
+      warnings.push_back(
+          fmt::format("left out (devices.missing=skip): {}", device.status().message()));
+  }
+  if (std::none_of(devices.begin(), devices.end(), [](const auto& d) { return is_host(*d); }))
+    return Status(Code::kConfig,
+                  fmt::format("devices = \"{}\": one device must be a CPU, for the tokenizer, "
+                              "staging and logits; \"{},cpu\" has one",
+                              config.devices, config.devices))
+        .about("devices");
+  return devices;
+}
+
 Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
                              const MachineDescription* rates) {
   FATHOM_TRY(config.validate());
-  FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
-  for (const std::string& name : names)
-    if (!is_cpu_name(name))
-      return Status(Code::kUnsupported,
-                    fmt::format("devices: \"{}\" is not a device of this build (cpu, cpu:N)", name))
-          .about("devices");
-
-  std::vector<std::unique_ptr<Backend>> devices;
-  for (const std::string& name : names) {
-    CpuOptions options;
-    options.name = name;
-    options.threads = static_cast<int>(config.threads);
-    options.isa = config.isa;
-    options.numerics = config.numerics;
-    FATHOM_TRY_ASSIGN(auto backend, make_cpu_backend(options));
-    if (hooks.op)
-      backend = run::observed(std::move(backend), static_cast<int>(devices.size()), hooks.op);
-    devices.push_back(std::move(backend));
-  }
+  std::vector<std::string> warnings;
+  FATHOM_TRY_ASSIGN(std::vector<std::unique_ptr<Backend>> devices, make_devices(config, warnings));
+  std::vector<std::string> names;
+  for (const auto& device : devices) names.emplace_back(device->name());
+  if (hooks.op)
+    for (size_t d = 0; d < devices.size(); ++d)
+      devices[d] = run::observed(std::move(devices[d]), static_cast<int>(d), hooks.op);
 
   // Budgets: as asked for, else what is free now.
   const auto budget_of = [&](const std::string& name, int64_t otherwise) {
     const auto it = config.budget.find(name);
     return it == config.budget.end() ? otherwise : it->second;
   };
-  const int64_t host_budget = budget_of("host", devices.front()->memory().free_bytes);
+  const auto host =
+      std::find_if(devices.begin(), devices.end(), [](const auto& d) { return is_host(*d); });
+  const int64_t host_budget = budget_of("host", (*host)->memory().free_bytes);
   std::vector<run::LedgerDevice> accounts;
-  for (size_t i = 0; i < names.size(); ++i)
-    accounts.push_back({names[i], budget_of(names[i], host_budget), /*is_host=*/true});
+  for (size_t i = 0; i < names.size(); ++i) {
+    const bool on_host = is_host(*devices[i]);
+    const int64_t otherwise = on_host ? host_budget : devices[i]->memory().free_bytes;
+    accounts.push_back({names[i], budget_of(names[i], otherwise), on_host});
+  }
   // A budget asked for by device is not cut by what happens to be free.
   int64_t asked = 0;
   for (const run::LedgerDevice& account : accounts)
-    if (config.budget.count(account.name)) asked += account.budget_bytes;
+    if (account.is_host && config.budget.count(account.name)) asked += account.budget_bytes;
   const int64_t host_limit =
       config.budget.count("host") ? host_budget : std::max(host_budget, asked);
 
@@ -104,6 +143,7 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
 
   auto state = std::make_shared<run::EngineState>(
       config, hooks, std::move(devices), std::move(machine), std::move(accounts), host_limit);
+  for (const std::string& warning : warnings) state->log(LogLevel::kWarn, warning);
   FATHOM_TRY(state->start());
   return Engine(std::move(state));
 }

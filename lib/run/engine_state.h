@@ -18,6 +18,7 @@ namespace fathom::run {
 
 class EngineState {
  public:
+  // One of the devices is a CPU.
   EngineState(Config config, HostHooks hooks, std::vector<std::unique_ptr<Backend>> devices,
               MachineDescription machine, std::vector<LedgerDevice> accounts, int64_t host_budget)
       : config(std::move(config)),
