@@ -32,6 +32,7 @@ Status EmulatedDevice::commit(void* base, int64_t offset, int64_t bytes) noexcep
   if (mprotect(at(base, offset), static_cast<size_t>(bytes), PROT_READ | PROT_WRITE) != 0)
     return Status(Code::kMemory, "mprotect");
   committed_ += bytes;
+  ranges_[base] += bytes;
   return {};
 }
 
@@ -39,10 +40,13 @@ void EmulatedDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcep
   mmap(at(base, offset), static_cast<size_t>(bytes), PROT_NONE,
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   committed_ -= bytes;
+  ranges_[base] -= bytes;
 }
 
 void EmulatedDevice::release(void* base, int64_t bytes) noexcept {
   munmap(base, static_cast<size_t>(bytes));
+  committed_ -= ranges_[base];
+  ranges_.erase(base);
 }
 
 Status EmulatedDevice::upload(void* device, const void* host, int64_t bytes) noexcept {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 
@@ -43,6 +44,7 @@ class EmulatedDevice final : public cuda::Device {
  private:
   const std::string name_;
   int64_t total_, committed_ = 0, gemms_ = 0;
+  std::map<void*, int64_t> ranges_;  // committed bytes by reservation
   std::unique_ptr<std::byte[]> staging_;
 };
 

@@ -159,11 +159,6 @@ Experts random_experts(Rng& rng, DType gate, DType up, DType down, int64_t n, in
           random_weight(rng, up, inner, hidden, n, scaled(up)),
           random_weight(rng, down, hidden, inner, n, scaled(down))};
 }
-double size_of(const std::vector<float>& v) {
-  double most = 0;
-  for (const float x : v) most = std::max(most, std::fabs(double(x)));
-  return most;
-}
 
 }  // namespace
 

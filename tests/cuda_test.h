@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/cpu_backend.h"
 #include "cpu_weights.h"
 #include "cuda/weights.h"
+#include "cuda_compare.h"
 #include "cuda_emulated_device.h"
 
 namespace fathom::cuda_test {
@@ -84,16 +84,6 @@ class TestGpu {
   test::EmulatedDevice* device_ = nullptr;
 };
 
-inline std::unique_ptr<cpu::CpuBackend> make_scalar() {
-  CpuOptions options;
-  options.isa = "scalar";
-  options.threads = 1;
-  options.numerics = Numerics::kExact;
-  auto backend = cpu::CpuBackend::create(options);
-  REQUIRE(backend.ok());
-  return std::move(backend).value();
-}
-
 inline std::vector<DType> cuda_dtypes() {
   std::vector<DType> types;
   for (const DType type : cpu_test::weight_dtypes())
@@ -103,19 +93,6 @@ inline std::vector<DType> cuda_dtypes() {
 
 inline const char* name_of(Numerics numerics) {
   return numerics == Numerics::kExact ? "exact" : "fast";
-}
-
-// Every |got - expected| <= tolerance, NaN never.
-inline void check_close(const std::string& what, const std::vector<float>& got,
-                        const std::vector<float>& expected, double tolerance) {
-  REQUIRE(got.size() == expected.size());
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (std::fabs(double(got[i]) - expected[i]) <= tolerance) continue;
-    FAIL_CHECK(what << ": value " << i << " is " << got[i] << ", expected " << expected[i] << " +- "
-                    << tolerance);
-    return;
-  }
-  SUCCEED();
 }
 
 }  // namespace fathom::cuda_test

@@ -1,7 +1,7 @@
 // A plug-in like libfathom_cuda.so, over the emulated device: the whole library runs on it without
 // a GPU.  Device numbers choose what happens:
 //   cuda:0, cuda:1   work                     cuda:8   no such GPU
-//   cuda:7           cuBLASLt is missing      cuda:9   memory ends after 40 commits
+//   cuda:7           cuBLASLt is missing      cuda:9   the eleventh commit fails
 #include "cuda/shared_library.h"
 #include "cuda_emulated_device.h"
 #include "fathom/backend_plugin.hpp"
@@ -13,11 +13,12 @@ namespace {
 Result<std::unique_ptr<Backend>> make(const PluginOptions& options) {
   if (options.name == "cuda:8")
     return Status(Code::kNotFound, "cuda:8: this machine has 2 GPUs, numbered from 0");
-  if (options.name == "cuda:7")
-    FATHOM_TRY_ASSIGN(auto library,
-                      cuda::SharedLibrary::open({"libcublasLt.so.0", "libcublas.so.0"}));
+  if (options.name == "cuda:7") {
+    auto library = cuda::SharedLibrary::open({"libcublasLt.so.0", "libcublas.so.0"});
+    if (!library.ok()) return std::move(library).status();
+  }
   auto device = std::make_unique<EmulatedDevice>(std::string(options.name));
-  if (options.name == "cuda:9") device->commits_until_failure = 40;
+  if (options.name == "cuda:9") device->commits_until_failure = 10;
   return std::unique_ptr<Backend>(
       std::make_unique<cuda::CudaBackend>(std::move(device), options.numerics));
 }
