@@ -2,7 +2,8 @@
 # emulated device); what needs the toolkit, kernels and the files gpu_*.cc, is compiled for the
 # plug-in libfathom_cuda.so alone.
 #
-#   FATHOM_CUDA                AUTO: build the plug-in where nvcc 13 is found; ON: or fail; OFF: do not
+#   FATHOM_CUDA                AUTO: build the plug-in where nvcc 13 is found, in release builds;
+#                              ON: or fail; OFF: do not
 #   FATHOM_CUDA_ARCHITECTURES  what it is built for
 file(GLOB fathom_cuda_sources CONFIGURE_DEPENDS "${PROJECT_SOURCE_DIR}/cuda/*.cc")
 list(FILTER fathom_cuda_sources EXCLUDE REGEX "/(gpu_[^/]*|plugin)\\.cc$")
@@ -14,7 +15,8 @@ target_link_libraries(fathom_cuda PRIVATE fmt::fmt Threads::Threads)
 
 set(FATHOM_CUDA_ARCHITECTURES "80;86;89;90;100;120" CACHE STRING "GPU generations of the plug-in")
 set(fathom_cuda_found OFF)
-if(NOT FATHOM_CUDA STREQUAL "OFF" AND NOT FATHOM_SANITIZE AND NOT FATHOM_FUZZ)
+if(NOT FATHOM_CUDA STREQUAL "OFF" AND NOT FATHOM_SANITIZE AND NOT FATHOM_FUZZ AND
+   (CMAKE_BUILD_TYPE STREQUAL "Release" OR NOT FATHOM_CUDA STREQUAL "AUTO"))
   find_program(FATHOM_NVCC nvcc HINTS "$ENV{CUDA_PATH}/bin" "$ENV{CUDA_HOME}/bin"
                PATHS /usr/local/cuda/bin /opt/cuda/bin)
   if(FATHOM_NVCC)
