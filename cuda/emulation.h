@@ -168,7 +168,7 @@ class Machine {
       for (size_t i : order_) {
         if (threads_[i].wait != Wait::kReady) continue;
         current_ = i;
-        enter(fibers_[i]);
+        enter(*fibers_[i]);
         n_done += threads_[i].wait == Wait::kDone;
       }
       if (n_done < n_threads && !release(n_threads)) {
@@ -237,15 +237,15 @@ class Machine {
         "movq %rsp, (%rdi)\n movq %rsi, %rsp\n"
         "popq %r15\n popq %r14\n popq %r13\n popq %r12\n popq %rbx\n popq %rbp\n ret\n");
   }
-  static Fiber new_fiber() {
-    Fiber fiber;
-    fiber.stack.reset(new std::byte[Fiber::kStackBytes]);
-    auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + Fiber::kStackBytes);
+  static std::unique_ptr<Fiber> new_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->stack.reset(new std::byte[Fiber::kStackBytes]);
+    auto top = reinterpret_cast<uintptr_t>(fiber->stack.get() + Fiber::kStackBytes);
     // Six registers, fiber_main, and a return address, as a call leaves the stack.
     auto* words = reinterpret_cast<void**>(top / 16 * 16 - 64);
     std::fill_n(words, 8, nullptr);
     words[6] = reinterpret_cast<void*>(&fiber_main);
-    fiber.pointer = words;
+    fiber->pointer = words;
     return fiber;
   }
   void swap_in(Fiber& fiber) {
@@ -256,9 +256,9 @@ class Machine {
   }
   void* host_ = nullptr;
 #else
-  static Fiber new_fiber() {
-    Fiber fiber;
-    fiber.stack.reset(new std::byte[Fiber::kStackBytes]);
+  static std::unique_ptr<Fiber> new_fiber() {
+    auto fiber = std::make_unique<Fiber>();
+    fiber->stack.reset(new std::byte[Fiber::kStackBytes]);
     return fiber;
   }
   void swap_in(Fiber& fiber) {
@@ -286,7 +286,7 @@ class Machine {
 #endif
   }
   void leave() {
-    Fiber& fiber = fibers_[current_];
+    Fiber& fiber = *fibers_[current_];
 #if FATHOM_EMULATION_ASAN
     __sanitizer_start_switch_fiber(&fiber.fake_stack, host_bottom_, host_size_);
     swap_out(fiber);
@@ -298,7 +298,7 @@ class Machine {
 
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  std::vector<Fiber> fibers_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;  // a fiber must not move while it sleeps
   std::vector<size_t> order_;
   std::unique_ptr<std::byte[], AlignedDelete> shared_;
   size_t current_ = 0;

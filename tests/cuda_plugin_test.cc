@@ -111,3 +111,49 @@ TEST_CASE("out of device memory while the cache grows leaves a usable session", 
   test::require_ok(session.truncate(8));
   test::require_ok(session.step(7));
 }
+
+TEST_CASE("any growth on the device may be refused: the session goes on", "[cuda][plugin]") {
+  // The n-th growth of device 0 fails once, for every n until all succeed.
+  const std::string folder = test::test_data("models/tiny-v2-lite");
+  const std::vector<int32_t> tokens(20, 7);
+  for (int64_t n = 0;; ++n) {
+    REQUIRE(n < 100);
+    int64_t growths = 0;
+    HostHooks hooks;
+    hooks.memory = [&](int device, Purpose, int64_t delta, int64_t) {
+      return device != 0 || delta <= 0 || growths++ != n;
+    };
+    const Config config =
+        test::config_of(settings("cuda:0,cpu", {{"kv.page_tokens", "16"}, {"context.max", "600"}}));
+    Status status;
+    // Whatever fails is tried again, and then succeeds.
+    const auto twice = [&](auto&& make) {
+      auto made = make();
+      if (made.ok()) return made;
+      status = made.status().clone();
+      INFO(n << ": " << status.message());
+      CHECK(status.code() == Code::kCallback);
+      return make();
+    };
+    Result<Engine> engine = twice([&] { return Engine::create(config, hooks); });
+    REQUIRE(engine.ok());
+    const Result<Plan> plan = engine->plan(folder);
+    REQUIRE(plan.ok());
+    const Result<Model> model = twice([&] { return Model::load(*engine, *plan); });
+    REQUIRE(model.ok());
+    Result<Session> session = twice([&] { return Session::create(*model); });
+    REQUIRE(session.ok());
+    for (int pass = 0; pass < 2; ++pass) {
+      Status done = session->prefill(tokens);
+      if (!done.ok()) {
+        CHECK(done.code() == Code::kCallback);
+        CHECK(session->n_tokens() == pass * 20);
+        status = std::move(done);
+        test::require_ok(session->prefill(tokens));
+      }
+      CHECK(session->n_tokens() == (pass + 1) * 20);
+    }
+    if (growths <= n) break;
+    CHECK_FALSE(status.ok());
+  }
+}
