@@ -68,7 +68,7 @@ class GpuDevice final : public Device {
 
   std::string_view name() const noexcept override { return name_; }
   std::string describe() const override {
-    return fmt::format("{}: {}, sm_{}{}, {} multiprocessors, driver {}.{}, {}, memory by {}", name_,
+    return fmt::format("{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}", name_,
                        properties_.name, properties_.major, properties_.minor,
                        properties_.multiProcessorCount, driver_version_ / 1000,
                        driver_version_ % 1000 / 10, library_->version(),

@@ -65,10 +65,17 @@ class Owned {
   cublasStatus_t (*destroy_)(Handle);
 };
 
-// What the choice of an algorithm depends on: the shape of a product without its pointers.
+// Bytes that an address is a multiple of, as far as the library cares.
+uint32_t alignment_of(const void* p) noexcept {
+  const auto bits = reinterpret_cast<uintptr_t>(p) | 256;
+  return static_cast<uint32_t>(bits & (~bits + 1));
+}
+
+// What the choice of an algorithm depends on: the shape of a product, and how its operands lie.
 struct Shape {
   int64_t n_rows, n_cols, k, n_batch, x_stride, w_stride, out_stride;
   bool turned, bf16, out_bf16, add;
+  uint32_t w_alignment, x_alignment, out_alignment;
   bool operator==(const Shape&) const = default;
 };
 
@@ -115,8 +122,20 @@ class LtLibrary final : public GemmLibrary {
     FATHOM_LT(layout(x, in, p.k, p.n_rows, p.x_stride, p.n_batch, p.x_batch_stride));
     FATHOM_LT(layout(out, result, p.n_cols, p.n_rows, p.out_stride, p.n_batch, p.out_batch_stride));
 
-    const Shape shape{p.n_rows,     p.n_cols,      p.k,    p.n_batch,  p.x_stride, p.w_stride,
-                      p.out_stride, p.w_is_turned, p.bf16, p.out_bf16, p.add};
+    const Shape shape{.n_rows = p.n_rows,
+                      .n_cols = p.n_cols,
+                      .k = p.k,
+                      .n_batch = p.n_batch,
+                      .x_stride = p.x_stride,
+                      .w_stride = p.w_stride,
+                      .out_stride = p.out_stride,
+                      .turned = p.w_is_turned,
+                      .bf16 = p.bf16,
+                      .out_bf16 = p.out_bf16,
+                      .add = p.add,
+                      .w_alignment = alignment_of(p.w),
+                      .x_alignment = alignment_of(p.x),
+                      .out_alignment = alignment_of(p.out)};
     cublasLtMatmulAlgo_t algo;
     FATHOM_LT(choose(shape, desc.handle, w.handle, x.handle, out.handle, algo));
     const float one = 1, beta = p.add ? 1.0f : 0.0f;
@@ -140,18 +159,13 @@ class LtLibrary final : public GemmLibrary {
     const auto bytes = static_cast<size_t>(kGemmWorkspaceBytes);
     FATHOM_LT(f_.preference_set(preference.handle, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes,
                                 sizeof bytes));
-    // Rows begin where the strides say; the smallest alignment that they promise.
-    const uint32_t alignment = shape.bf16 ? 2 : 4;
-    for (auto attribute :
-         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES})
-      if (shape.k % 8 != 0 || shape.x_stride % 8 != 0 || shape.w_stride % 8 != 0)
-        FATHOM_LT(f_.preference_set(preference.handle, attribute, &alignment, sizeof alignment));
-    const uint32_t out_alignment = shape.out_bf16 ? 2 : 4;
-    if (shape.out_stride % 8 != 0 || shape.n_cols % 8 != 0)
-      for (auto attribute :
-           {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-        FATHOM_LT(
-            f_.preference_set(preference.handle, attribute, &out_alignment, sizeof out_alignment));
+    const auto align = [&](cublasLtMatmulPreferenceAttributes_t attribute, uint32_t bytes) {
+      return f_.preference_set(preference.handle, attribute, &bytes, sizeof bytes);
+    };
+    FATHOM_LT(align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, shape.w_alignment));
+    FATHOM_LT(align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, shape.x_alignment));
+    FATHOM_LT(align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, shape.out_alignment));
+    FATHOM_LT(align(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, shape.out_alignment));
     cublasLtMatmulHeuristicResult_t found;
     int n_found = 0;
     FATHOM_LT(f_.heuristic(handle_, desc, w, x, out, out, preference.handle, 1, &found, &n_found));
