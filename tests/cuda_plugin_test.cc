@@ -16,7 +16,10 @@ namespace {
 test::Settings settings(const std::string& devices, test::Settings more = {}) {
   more.emplace_back("devices", devices);
   more.emplace_back("cuda.plugin", cuda_test::plugin_path());
-  // By the budgets, nearly all layers go to the first device.
+  // All layers with their experts on the first device, whatever the solver would do.
+  const std::string everything = devices.substr(0, devices.find(',')) + "=*";
+  more.emplace_back("placement.layers", everything);
+  more.emplace_back("placement.experts", everything);
   more.emplace_back("budget.cuda:0", "1G");
   more.emplace_back("budget.cpu", "400M");
   return more;
@@ -89,7 +92,8 @@ TEST_CASE("planned bytes are the ledger's with a CUDA device", "[cuda][plugin]")
 TEST_CASE("out of device memory while the cache grows leaves a usable session", "[cuda][plugin]") {
   if (cuda_test::real_gpu()) return;  // the emulated device fails where it is told to
   test::Settings with =
-      settings("cuda:9,cpu", {{"context.max", "20000"}, {"kv.page_tokens", "16"}});
+      settings("cuda:9,cpu",
+               {{"context.max", "20000"}, {"kv.page_tokens", "16"}, {"kv.ladder", "none"}});
   for (auto& [key, value] : with)
     if (key == "budget.cuda:0") key = "budget.cuda:9";
   const Model model = test::load_model(test::test_data("models/tiny-v2-lite"), with);
@@ -123,8 +127,9 @@ TEST_CASE("any growth on the device may be refused: the session goes on", "[cuda
     hooks.memory = [&](int device, Purpose, int64_t delta, int64_t) {
       return device != 0 || delta <= 0 || growths++ != n;
     };
-    const Config config =
-        test::config_of(settings("cuda:0,cpu", {{"kv.page_tokens", "16"}, {"context.max", "600"}}));
+    // Without the ladder, which would lower the chunk and try again.
+    const Config config = test::config_of(settings(
+        "cuda:0,cpu", {{"kv.page_tokens", "16"}, {"context.max", "600"}, {"kv.ladder", "none"}}));
     Status status;
     // Whatever fails is tried again, and then succeeds.
     const auto twice = [&](auto&& make) {
