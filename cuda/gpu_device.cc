@@ -18,6 +18,9 @@ namespace {
 
 // sm_80 is the oldest that the plug-in is built for.
 constexpr int kMinMajor = 8;
+// Free memory that is left alone: the driver loads kernels, ours and cuBLASLt's, when they are
+// first used, and a full device could not start them.
+constexpr int64_t kDriverBytes = int64_t{256} << 20;
 
 // The driver's functions for address ranges, found at run time: the plug-in must load without one.
 struct Driver {
@@ -68,11 +71,11 @@ class GpuDevice final : public Device {
 
   std::string_view name() const noexcept override { return name_; }
   std::string describe() const override {
-    return fmt::format("{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}", name_,
-                       properties_.name, properties_.major, properties_.minor,
-                       properties_.multiProcessorCount, driver_version_ / 1000,
-                       driver_version_ % 1000 / 10, library_->version(),
-                       ranges_ ? "address ranges" : "whole blocks (no virtual memory management)");
+    return fmt::format(
+        "{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}", name_,
+        properties_.name, properties_.major, properties_.minor, properties_.multiProcessorCount,
+        driver_version_ / 1000, driver_version_ % 1000 / 10, library_->version(),
+        ranges_ ? "address ranges" : "whole blocks (no virtual memory management)");
   }
   int64_t max_shared_bytes() const noexcept override {
     return static_cast<int64_t>(properties_.sharedMemPerBlockOptin);
@@ -207,7 +210,8 @@ MemoryState GpuDevice::memory() const noexcept {
     cudaGetLastError();
     return {};
   }
-  return {static_cast<int64_t>(total_bytes), static_cast<int64_t>(free_bytes)};
+  return {static_cast<int64_t>(total_bytes),
+          std::max<int64_t>(static_cast<int64_t>(free_bytes) - kDriverBytes, 0)};
 }
 
 // Without ranges a reservation is the memory itself: it cannot grow, but works with every driver.
