@@ -43,7 +43,7 @@ test::Settings settings_of(const GridCase& c) {
 
 // Every purpose's peak since the last reset is the phase's planned number, and the process holds at
 // most the phase's bytes more than before the model.
-void check_phase(const Model& model, Phase phase, int64_t resident_before) {
+void check_phase(const Model& model, Phase phase, [[maybe_unused]] int64_t resident_before) {
   const PlanDevice& planned = model.plan().devices[0];
   const MemorySnapshot memory = model.engine().memory();
   INFO(phase_name(phase));
