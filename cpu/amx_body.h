@@ -66,7 +66,7 @@ inline void load_rows(const TileRows& rows, int64_t x_stride, int64_t at, int fi
   load_a(gathered, k);
 }
 
-// sums[r][c] += (dots[r][c] + bias of row r) * scale[c] * scale of row r.
+// sums[r][c] += (dots[r][c] - offset of row r) * scale[c] * scale of row r.
 template <int kOffset>
 inline void add_dots(const TileRows& rows, int64_t at, int half, const int32_t* dots,
                      const float* scale, float* sums) {
@@ -74,7 +74,7 @@ inline void add_dots(const TileRows& rows, int64_t at, int half, const int32_t* 
     const XBlock& x = rows.x[r][at];
     for (int h = 0; h < kHalves; ++h) {
       I dot = i_load(dots + kGroupRows * r + kLanes * h);
-      if constexpr (kOffset != 0) dot = i_add(dot, offset_of<kOffset>(x, half));
+      if constexpr (kOffset != 0) dot = i_sub(dot, offset_of<kOffset>(x, half));
       float* sum = sums + kGroupRows * r + kLanes * h;
       f_store(sum,
               f_fma(f_mul(f_from_i(dot), f_load(scale + kLanes * h)), f_set(x.scale), f_load(sum)));
@@ -122,10 +122,9 @@ void amx_int8_group(const uint8_t* group, int64_t n_blocks, const TileRows* tile
               float* to = sum + kLanes * h;
               const F min = f_load(columns.min + kLanes * h);
               if constexpr (Type::kTwoScales) {
-                const F low = f_mul(f_from_i(i_set(x.bias[0])), min);
-                const F both =
-                    f_fma(f_from_i(i_set(x.bias[1])), f_load(columns.min_high + kLanes * h), low);
-                f_store(to, f_fma(both, f_set(x.scale), f_load(to)));
+                const F low = f_mul(f_set(x.sums[0]), min);
+                const F both = f_fma(f_set(x.sums[1]), f_load(columns.min_high + kLanes * h), low);
+                f_store(to, f_fnma(both, f_set(x.scale), f_load(to)));
               } else {
                 f_store(to, f_fnma(min, f_set(x.scaled_sum), f_load(to)));
               }

@@ -135,13 +135,40 @@ struct Operands {
   int64_t k;  // steps, of two values each
 };
 
+constexpr int64_t kLineBytes = 64;
+
+// What is left to fetch, in portions of one line per step of a product.
+class Fetcher {
+ public:
+  explicit Fetcher(const FetchAhead* ahead) : ahead_(ahead), left_(kFetches) {}
+  // Up to n lines.
+  FetchAhead next(int64_t n) {
+    while (left_ > 0 && at_ >= ahead_->bytes) {
+      ++ahead_;
+      --left_;
+      at_ = 0;
+    }
+    if (left_ == 0) return {};
+    const int64_t rest = ahead_->bytes - at_, most = n * kLineBytes;
+    const FetchAhead portion{static_cast<const char*>(ahead_->p) + at_, rest < most ? rest : most};
+    at_ += most;
+    return portion;
+  }
+
+ private:
+  const FetchAhead* ahead_;
+  int left_;
+  int64_t at_ = 0;
+};
+
 template <int kRows, int kVectors>
-inline void multiply(const Operands& p, int64_t row, int64_t vector, F (&sums)[kRows][kVectors]) {
+inline void multiply(const Operands& p, int64_t row, int64_t vector, F (&sums)[kRows][kVectors],
+                     const FetchAhead& fetch) {
   const uint32_t* a = p.a + row * p.a_row;
   const uint32_t* b[kVectors];
   for (int v = 0; v < kVectors; ++v) b[v] = p.b + (vector + v) * p.unit_stride;
   const int64_t a_row = p.a_row, a_k = p.a_k, b_k = p.b_k;
-  for (int64_t k = 0; k < p.k; ++k) {
+  const auto step = [&](int64_t k) {
     I w[kVectors];
     for (int v = 0; v < kVectors; ++v) w[v] = _mm512_loadu_si512(b[v] + k * b_k);
     for (int i = 0; i < kRows; ++i) {
@@ -151,7 +178,13 @@ inline void multiply(const Operands& p, int64_t row, int64_t vector, F (&sums)[k
       for (int v = 0; v < kVectors; ++v) sums[i][v] = dot_pairs(sums[i][v], x, w[v]);
     }
     a += a_k;
+  };
+  int64_t k = 0;
+  for (const int64_t lines = fetch.bytes / kLineBytes; k < lines; ++k) {
+    __builtin_prefetch(static_cast<const char*>(fetch.p) + k * kLineBytes, 0, 2);
+    step(k);
   }
+  for (; k < p.k; ++k) step(k);
 }
 
 // Where the products go.
@@ -215,25 +248,26 @@ struct ToPairs {
 
 template <int kRows, int kVectors, class To>
 inline void product_rows(const Operands& p, const To& to, int64_t row, int64_t n_rows,
-                         int64_t vector) {
+                         int64_t vector, const FetchAhead& fetch) {
   if (n_rows == kRows) {
     F sums[kRows][kVectors];
     to.start(row, vector, sums);
-    multiply(p, row, vector, sums);
+    multiply(p, row, vector, sums, fetch);
     to.finish(row, vector, sums);
   } else if constexpr (kRows > 1) {
-    product_rows<kRows - 1, kVectors>(p, to, row, n_rows, vector);
+    product_rows<kRows - 1, kVectors>(p, to, row, n_rows, vector, fetch);
   }
 }
 
 template <class To>
-void product(const Operands& p, const To& to, int64_t n_rows, int64_t n_vectors) {
+void product(const Operands& p, const To& to, int64_t n_rows, int64_t n_vectors, Fetcher& fetcher) {
   int64_t v = 0;
   for (; v + 2 <= n_vectors; v += 2)
-    for (int64_t i = 0; i < n_rows; i += 8) product_rows<8, 2>(p, to, i, min_int(8, n_rows - i), v);
+    for (int64_t i = 0; i < n_rows; i += 8)
+      product_rows<8, 2>(p, to, i, min_int(8, n_rows - i), v, fetcher.next(p.k));
   if (v < n_vectors)
     for (int64_t i = 0; i < n_rows; i += 16)
-      product_rows<16, 1>(p, to, i, min_int(16, n_rows - i), v);
+      product_rows<16, 1>(p, to, i, min_int(16, n_rows - i), v, fetcher.next(p.k));
 }
 
 void expand(const ExpandPairs& p) {
@@ -244,10 +278,12 @@ void expand(const ExpandPairs& p) {
                           .b_k = kPairUnit,
                           .unit_stride = p.weight_stride,
                           .k = p.k / 2};
+  static constexpr FetchAhead kNothing[kFetches] = {};
+  Fetcher fetcher(kNothing);
   if (p.rows != nullptr)
-    product(operands, ToRows{p.rows, p.row_stride}, p.n_rows, p.n_panels);
+    product(operands, ToRows{p.rows, p.row_stride}, p.n_rows, p.n_panels, fetcher);
   else
-    product(operands, ToPairs{p.pairs, p.panel_stride}, p.n_rows, p.n_panels);
+    product(operands, ToPairs{p.pairs, p.panel_stride}, p.n_rows, p.n_panels, fetcher);
 }
 
 // ---- attention --------------------------------------------------------------------------------
@@ -285,6 +321,7 @@ inline void softmax_columns(const AttendPairs& t, int64_t col) {
 }
 
 void attend(const AttendPairs& t) {
+  Fetcher fetcher(t.fetch);
   product({.a = reinterpret_cast<const uint32_t*>(t.keys),
            .a_row = t.key_stride / 2,
            .a_k = 1,
@@ -292,7 +329,7 @@ void attend(const AttendPairs& t) {
            .b_k = kPairUnit,
            .unit_stride = t.query_stride,
            .k = t.k / 2},
-          ToF32{t.scores, t.n_cols, nullptr}, t.n_rows, t.n_cols / kLanes);
+          ToF32{t.scores, t.n_cols, nullptr}, t.n_rows, t.n_cols / kLanes, fetcher);
   for (int64_t col = 0; col < t.n_cols; col += kLanes) softmax_columns(t, col);
   product({.a = t.weights,
            .a_row = 1,
@@ -301,7 +338,7 @@ void attend(const AttendPairs& t) {
            .b_k = kPairUnit,
            .unit_stride = t.value_stride,
            .k = (t.n_rows + 1) / 2},
-          ToF32{t.out, t.out_stride, t.decay}, t.n_used, t.n_values / kLanes);
+          ToF32{t.out, t.out_stride, t.decay}, t.n_used, t.n_values / kLanes, fetcher);
 }
 
 }  // namespace

@@ -85,7 +85,7 @@ PackedValue read_iq4_xs(const uint8_t* block, int row, int col) noexcept {
 }
 
 PackedValue read_q2_k(const uint8_t* block, int row, int col) noexcept {
-  const int scales = block[PackedQ2_K::kScales + 16 * (col / 16) + row];
+  const int scales = block[PackedQ2_K::kScales + 32 * (col / 32) + 2 * row + col / 16 % 2];
   const uint8_t* codes = block + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * (col / 32);
   return {load_f16(block + 2 * row) * static_cast<float>(scales & 15),
           load_f16(block + PackedQ2_K::kMinFactors + 2 * row) * static_cast<float>(scales >> 4),
@@ -191,8 +191,9 @@ void quantize(const float* x, int64_t n, XBlock* out) {
       sum[i / 16] += block.q[i];
     }
     block.scaled_sum = block.scale * static_cast<float>(sum[0] + sum[1]);
-    block.bias[0] = -32 * sum[0];
-    block.bias[1] = -32 * sum[1];
+    block.bias = -128 * (sum[0] + sum[1]);
+    block.sums[0] = static_cast<int16_t>(sum[0]);
+    block.sums[1] = static_cast<int16_t>(sum[1]);
   }
 }
 

@@ -18,8 +18,8 @@ constexpr int kHalves = kGroupRows / kLanes;  // vectors that 16 rows take
 // ---- packed types: how 32 columns of one half (kLanes rows) are read ----
 //
 // Factors: what is constant in a block.   Columns32: codes and scales of 32 columns.
-// value = scale * (code - kOffset) - min;  with two scales and mins, `min` is a 32nd of it: the
-// biases that it is multiplied by are 32 times a sum.
+// value = scale * (code - kOffset) - min.  Types whose 16-column scales are small integers that are
+// multiplied as such (kPairs) also have pairs(): scales and mins as pairs of int16.
 
 struct Factors {
   F d, dmin;
@@ -65,16 +65,32 @@ inline void load_bit_pairs(const uint8_t* codes, Columns32& c) {
   c.w[7] = b_bit_pair<3>(high);
 }
 
-// A signed scale of six bits from its two parts, which begin at the bits given.
-inline F six_bit_scale(I low, int low_shift, I high, int high_shift) {
-  const I bits = i_or(i_and(i_shift_right(low, low_shift), 15),
-                      i_shift_left<4>(i_and(i_shift_right(high, high_shift), 3)));
-  return f_from_i(i_add(bits, i_set(-32)));
+// Signed scales of six bits from their two parts, which begin at the bits given.
+inline S six_bit_scales(S low, int low_shift, S high, int high_shift) {
+  return s_sub(s_or(s_bits(low, low_shift, 15), s_high2(high, high_shift)), 32);
+}
+
+struct Pairs {
+  I scales;
+  I mins = i_set(0);
+};
+
+// The scales of a type that has pairs().
+template <class Type>
+inline void read_pairs(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+  const Pairs pairs = Type::pairs(block, sub, half);
+  c.scale = f_mul(f.d, f_from_i(i_first_of_pairs(pairs.scales)));
+  c.scale_high = f_mul(f.d, f_from_i(i_last_of_pairs(pairs.scales)));
+  if constexpr (Type::kMin) {
+    c.min = f_mul(f.dmin, f_from_i(i_first_of_pairs(pairs.mins)));
+    c.min_high = f_mul(f.dmin, f_from_i(i_last_of_pairs(pairs.mins)));
+  }
 }
 
 struct ReadQ8_0 : PackedQ8_0 {
-  static constexpr bool kSigned = true, kMin = false, kTwoScales = false;
+  static constexpr bool kSigned = true, kMin = false, kTwoScales = false, kPairs = false;
   static constexpr int kMaxCode = 127, kOffset = 0;
+  static constexpr bool kPrefetch = false;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
   }
@@ -87,7 +103,8 @@ struct ReadQ8_0 : PackedQ8_0 {
 
 // q - 8 is written as scale * q - min with min = 8 d.
 struct ReadQ4_0 : PackedQ4_0 {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 15, kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     const F d = f_load_f16(block + 2 * kLanes * half);
@@ -103,7 +120,8 @@ struct ReadQ4_0 : PackedQ4_0 {
 // d q + m.
 template <class Layout>
 struct ReadMin : Layout {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half),
@@ -130,7 +148,8 @@ struct ReadQ5_1 : ReadMin<PackedQ5_1> {
 
 // q - 16 is written as scale * q - min with min = 16 d.
 struct ReadQ5_0 : PackedQ5_0 {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 31, kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     const F d = f_load_f16(block + 2 * kLanes * half);
@@ -148,7 +167,8 @@ struct ReadQ5_0 : PackedQ5_0 {
 // Nibbles that are numbers into kIQ4Values.
 template <class Layout>
 struct ReadIQ4 : Layout {
-  static constexpr bool kSigned = true, kMin = false, kTwoScales = false;
+  static constexpr bool kSigned = true, kMin = false, kTwoScales = false, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 127, kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
@@ -169,41 +189,45 @@ struct ReadIQ4_NL : ReadIQ4<PackedIQ4_NL> {
 struct ReadIQ4_XS : ReadIQ4<PackedIQ4_XS> {
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
     load(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
-    const I low = i_load_u8(block + kScales + 16 * (sub / 2) + kLanes * half);
-    const I high = i_load_u8(block + kHighScales + 16 * (sub / 4) + kLanes * half);
-    c.scale = f_mul(f.d, six_bit_scale(low, 4 * (sub % 2), high, 2 * (sub % 4)));
+    const S low = s_load(block + kScales + 16 * (sub / 2) + kLanes * half);
+    const S high = s_load(block + kHighScales + 16 * (sub / 4) + kLanes * half);
+    c.scale = f_mul(f.d, f_from_i8(six_bit_scales(low, 4 * (sub % 2), high, 2 * (sub % 4))));
   }
 };
 
 struct ReadQ2_K : PackedQ2_K {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = true;
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = true, kPairs = true;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 3, kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half),
-            f_mul(f_load_f16(block + kMinFactors + 2 * kLanes * half), f_set(1.0f / 32))};
+            f_load_f16(block + kMinFactors + 2 * kLanes * half)};
+  }
+  static void codes(const uint8_t* block, int sub, int half, Columns32& c) {
+    load_bit_pairs(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
+  }
+  static Pairs pairs(const uint8_t* block, int sub, int half) {
+    const I both = i_load_u8_pairs(block + kScales + 32 * sub + 2 * kLanes * half);
+    return {i_low_nibbles(both), i_high_nibbles(both)};
   }
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    load_bit_pairs(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
-    const I low = i_load_u8(block + kScales + 32 * sub + kLanes * half);
-    const I high = i_load_u8(block + kScales + 32 * sub + 16 + kLanes * half);
-    c.scale = f_mul(f.d, f_from_i(i_and(low, 15)));
-    c.scale_high = f_mul(f.d, f_from_i(i_and(high, 15)));
-    c.min = f_mul(f.dmin, f_from_i(i_shift_right(low, 4)));
-    c.min_high = f_mul(f.dmin, f_from_i(i_shift_right(high, 4)));
+    codes(block, sub, half, c);
+    read_pairs<ReadQ2_K>(block, sub, half, f, c);
   }
 };
 
-// Codes are kept at 0 .. 7; the bias of the activations takes 4 off (kOffset).
+// Codes are kept at 0 .. 7; the sums of the activations take 4 off (kOffset).
 struct ReadQ3_K : PackedQ3_K {
-  static constexpr bool kSigned = false, kMin = false, kTwoScales = true;
+  static constexpr bool kSigned = false, kMin = false, kTwoScales = true, kPairs = true;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 7, kOffset = 4;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
   }
-  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    const uint8_t* codes = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
-    load_bit_pairs(codes, c);
-    const B bits = b_load(codes + kHigh);
+  static void codes(const uint8_t* block, int sub, int half, Columns32& c) {
+    const uint8_t* from = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
+    load_bit_pairs(from, c);
+    const B bits = b_load(from + kHigh);
     c.w[0] = b_third_bit<0>(c.w[0], bits);
     c.w[1] = b_third_bit<1>(c.w[1], bits);
     c.w[2] = b_third_bit<2>(c.w[2], bits);
@@ -212,18 +236,25 @@ struct ReadQ3_K : PackedQ3_K {
     c.w[5] = b_third_bit<5>(c.w[5], bits);
     c.w[6] = b_third_bit<6>(c.w[6], bits);
     c.w[7] = b_third_bit<7>(c.w[7], bits);
-    const I low = i_load_u8(block + kScales + 16 * sub + kLanes * half);
-    const I high = i_load_u8(block + kHighScales + 16 * (sub / 2) + kLanes * half);
+  }
+  static Pairs pairs(const uint8_t* block, int sub, int half) {
+    const S low = s_load(block + kScales + 16 * sub + kLanes * half);
+    const S high = s_load(block + kHighScales + 16 * (sub / 2) + kLanes * half);
     const int shift = 4 * (sub % 2);
-    c.scale = f_mul(f.d, six_bit_scale(low, 0, high, shift));
-    c.scale_high = f_mul(f.d, six_bit_scale(low, 4, high, shift + 2));
+    return {i_pairs_from_i8(six_bit_scales(low, 0, high, shift),
+                            six_bit_scales(low, 4, high, shift + 2))};
+  }
+  static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
+    codes(block, sub, half, c);
+    read_pairs<ReadQ3_K>(block, sub, half, f, c);
   }
 };
 
 // What Q4_K and Q5_K share: all but the fifth bit.
 template <class Layout>
 struct ReadK : Layout {
-  static constexpr bool kSigned = false, kMin = true, kTwoScales = false;
+  static constexpr bool kSigned = false, kMin = true, kTwoScales = false, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kOffset = 0;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half),
@@ -248,9 +279,10 @@ struct ReadQ5_K : ReadK<PackedQ5_K> {
   }
 };
 
-// Codes are kept at 0 .. 63; the bias of the activations takes 32 off (kOffset).
+// Codes are kept at 0 .. 63; the sums of the activations take 32 off (kOffset).
 struct ReadQ6_K : PackedQ6_K {
-  static constexpr bool kSigned = false, kMin = false, kTwoScales = true;
+  static constexpr bool kSigned = false, kMin = false, kTwoScales = true, kPairs = false;
+  static constexpr bool kPrefetch = true;
   static constexpr int kMaxCode = 63, kOffset = 32;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
@@ -276,26 +308,42 @@ struct ReadQ6_K : PackedQ6_K {
 
 // ---- integer products ----
 
-// bias[half] of `x` for codes that are kOffset too high: -kOffset times a sum.
+inline I sums_of(const XBlock& x) {
+  int32_t pair;
+  __builtin_memcpy(&pair, x.sums, sizeof pair);
+  return i_set(pair);
+}
+// What the products of 16 columns have too much when their codes are kOffset too high.
 template <int kOffset>
 inline I offset_of(const XBlock& x, int half) {
-  return i_set(kOffset == 32 ? x.bias[half] : x.bias[half] / 32 * kOffset);
+  return i_dot_pairs(sums_of(x), i_set(half == 0 ? kOffset : kOffset << 16));
+}
+
+// 32 columns in int32, scales included.  With codes below 8 (less kOffset) a dot product of 16
+// columns fits in 16 bits, and two of them times their scales in 32.
+template <class Type>
+inline F add_pairs(const Columns32& c, const Pairs& pairs, const Factors& f, const XBlock& x,
+                   F sum) {
+  static_assert(16 * 127 * Type::kMaxCode <= 32767);
+  I dots = i_join_pairs(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q),
+                        i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16));
+  static_assert(Type::kOffset == 0 || Type::kOffset == 4);
+  if constexpr (Type::kOffset == 4) dots = i_sub_pairs(dots, i_shift_left_pairs<2>(sums_of(x)));
+  F part = f_mul(f_from_i(i_dot_pairs(dots, pairs.scales)), f.d);
+  if constexpr (Type::kMin)
+    part = f_fnma(f_from_i(i_dot_pairs(sums_of(x), pairs.mins)), f.dmin, part);
+  return f_fma(part, f_set(x.scale), sum);
 }
 
 template <class Type>
 inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
   if constexpr (Type::kTwoScales) {
-    I low = i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q);
-    I high = i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16);
-    if constexpr (Type::kOffset != 0) {
-      low = i_add(low, offset_of<Type::kOffset>(x, 0));
-      high = i_add(high, offset_of<Type::kOffset>(x, 1));
-    }
-    F part = f_fma(f_from_i(high), c.scale_high, f_mul(f_from_i(low), c.scale));
-    if constexpr (Type::kMin) {
-      part = f_fma(f_from_i(i_set(x.bias[0])), c.min, part);
-      part = f_fma(f_from_i(i_set(x.bias[1])), c.min_high, part);
-    }
+    static_assert(!Type::kMin && Type::kOffset != 0);
+    const I low =
+        i_sub(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q), offset_of<Type::kOffset>(x, 0));
+    const I high =
+        i_sub(i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16), offset_of<Type::kOffset>(x, 1));
+    const F part = f_fma(f_from_i(high), c.scale_high, f_mul(f_from_i(low), c.scale));
     return f_fma(part, f_set(x.scale), sum);
   } else {
     I dot;
@@ -307,6 +355,17 @@ inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
     if constexpr (Type::kMin) sum = f_fnma(c.min, f_set(x.scaled_sum), sum);
     return sum;
   }
+}
+
+// The weights kPrefetchAhead bytes further on.  The processor's own look-ahead ends with the page,
+// and with the few hundred operations that it holds: a block takes most of those.
+constexpr int kPrefetchAhead = 6144;
+
+template <int kBytes>
+inline void prefetch_weights(const uint8_t* p) {
+  for (int i = 0; i < kBytes; i += 64)
+    __builtin_prefetch(
+        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetchAhead + i), 0, 1);
 }
 
 // One row group times kRows rows of activations.
@@ -322,10 +381,20 @@ void int8_tile(const uint8_t* group, int64_t n_blocks, const XBlock* const* x_ro
     Factors factors[kHalves];
     for (int h = 0; h < kHalves; ++h) factors[h] = Type::factors(group, h);
     for (int s = 0; s < kSubs; ++s, ++at) {
+      if constexpr (kRows <= 2 && Type::kPrefetch)
+        prefetch_weights<Type::kBlock.bytes / kSubs>(group + s * (Type::kBlock.bytes / kSubs));
       for (int h = 0; h < kHalves; ++h) {
         Columns32 c;
-        Type::read(group, s, h, factors[h], c);
-        for (int r = 0; r < kRows; ++r) sum[h][r] = add_columns<Type>(c, x_rows[r][at], sum[h][r]);
+        if constexpr (Type::kPairs) {
+          Type::codes(group, s, h, c);
+          const Pairs pairs = Type::pairs(group, s, h);
+          for (int r = 0; r < kRows; ++r)
+            sum[h][r] = add_pairs<Type>(c, pairs, factors[h], x_rows[r][at], sum[h][r]);
+        } else {
+          Type::read(group, s, h, factors[h], c);
+          for (int r = 0; r < kRows; ++r)
+            sum[h][r] = add_columns<Type>(c, x_rows[r][at], sum[h][r]);
+        }
       }
     }
   }
@@ -400,8 +469,9 @@ void quantize(const float* x, int64_t n, XBlock* out) {
       sum[kLanes * i / 16] += i_sum(q);
     }
     block.scaled_sum = block.scale * static_cast<float>(sum[0] + sum[1]);
-    block.bias[0] = -32 * sum[0];
-    block.bias[1] = -32 * sum[1];
+    block.bias = -128 * (sum[0] + sum[1]);
+    block.sums[0] = static_cast<int16_t>(sum[0]);
+    block.sums[1] = static_cast<int16_t>(sum[1]);
   }
 }
 
@@ -434,8 +504,7 @@ void unpack(const uint8_t* group, int64_t col0, int64_t n_cols, float* panel) {
       for (int q = 0; q < 8; ++q) {
         const bool second = Type::kTwoScales && q >= 4;
         const F scale = second ? c.scale_high : c.scale;
-        F min = second ? c.min_high : c.min;
-        if constexpr (Type::kTwoScales && Type::kMin) min = f_mul(min, f_set(32.0f));
+        const F min = second ? c.min_high : c.min;
         float* to = panel + 4 * q * kGroupRows + kLanes * h;
         unpack_column<Type, 0>(c.w[q], scale, min, to);
         unpack_column<Type, 1>(c.w[q], scale, min, to);

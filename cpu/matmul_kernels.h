@@ -16,7 +16,8 @@ namespace fathom::cpu {
 struct XBlock {
   float scale;       // largest magnitude / 127
   float scaled_sum;  // scale * sum of q: what a constant offset of the weights multiplies
-  int32_t bias[2];   // -32 * sum of q[0..15], -32 * sum of q[16..31]
+  int32_t bias;      // -128 * sum of q: what codes that are 128 too high make of the products
+  int16_t sums[2];   // sum of q[0..15], sum of q[16..31]
   int8_t q[32];
 };
 static_assert(sizeof(XBlock) == 48);

@@ -37,7 +37,8 @@ struct PackedBlock {
 
 // "Quad q" is columns 4 q .. 4 q + 3.  Nibbles of 32 columns lie in four vectors: the low half of
 // vector j is quad j, the high half quad j + 4.  Single bits of 32 columns lie in one vector: bit j
-// belongs to quad j.  Pairs of bits lie in two: bits 2 p, 2 p + 1 of vector v belong to quad 4 v + p.
+// belongs to quad j.  Pairs of bits lie in two: bits 2 p, 2 p + 1 of vector v belong to quad 4 v +
+// p.
 
 // f16 d[16]; int8 codes: vector q is quad q.
 struct PackedQ8_0 {
@@ -73,8 +74,8 @@ struct PackedIQ4_NL {
 // The super-blocks: factors, then scales, then all bits of each 32 columns together.  A second
 // stream inside a block, 2 KB away, cut the rate of reading from memory to a third.
 
-// f16 d[16], dmin[16]; u8 scales[16][16], one per 16 columns: scale in the low half, min in the
-// high one; codes: pairs of bits of 8 times 32 columns.
+// f16 d[16], dmin[16]; u8 scales[8][16][2], two per 32 columns of a row, side by side: scale in the
+// low half, min in the high one; codes: pairs of bits of 8 times 32 columns.
 struct PackedQ2_K {
   static constexpr PackedBlock kBlock{256, 1344};
   static constexpr int kMinFactors = 32, kScales = 64, kCodes = 320;

@@ -67,6 +67,14 @@ struct ExpandPairs {
   int64_t panel_stride;
 };
 
+// Bytes that will be wanted next: fetched into L2 while products are summed, a cache line per step,
+// so that memory works while the arithmetic does.  A hint only.
+struct FetchAhead {
+  const void* p = nullptr;
+  int64_t bytes = 0;
+};
+inline constexpr int kFetches = 8;
+
 // As AttendTile in rows_kernels.h.
 struct AttendPairs {
   const uint32_t* queries;  // units of PackColumns, [k / 2][16] each
@@ -86,6 +94,7 @@ struct AttendPairs {
   float* scores;      // scratch [n_rows][n_cols]
   uint32_t* weights;  // scratch [round_up(n_rows, 2) / 2][n_cols]
   float* decay;       // scratch [n_cols]
+  FetchAhead fetch[kFetches] = {};
 };
 
 struct PairKernels {

@@ -80,4 +80,18 @@ void pack_pages(const CpuContext& context, const KvRows& rows, int64_t first_row
   }
 }
 
+void fetch_ahead(const KvRows& rows, int64_t first_row, int64_t n_rows,
+                 FetchAhead (&out)[kFetches]) noexcept {
+  static_assert(kFetches % 2 == 0);
+  for (int i = 0; i < kFetches; i += 2) {
+    out[i] = out[i + 1] = {};
+    if (n_rows <= 0) continue;
+    const PageRun run = page_run(rows, first_row, n_rows);
+    out[i] = {run.latent, run.n_rows * rows.layout.latent_row_bytes(run.type)};
+    out[i + 1] = {run.rope, run.n_rows * rows.layout.rope_row_bytes(run.type)};
+    first_row += run.n_rows;
+    n_rows -= run.n_rows;
+  }
+}
+
 }  // namespace fathom::cpu

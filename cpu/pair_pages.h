@@ -25,5 +25,8 @@ int64_t pair_stage_floats(const KvLayout&) noexcept;
 // wanted next, and those close behind are fetched ahead.
 void pack_pages(const CpuContext&, const KvRows& rows, int64_t first_row, int64_t n_rows,
                 int64_t end, float* stage, const PairRows& out) noexcept;
+// The planes of rows [first_row, first_row + n_rows), page by page, of the first pages.
+void fetch_ahead(const KvRows& rows, int64_t first_row, int64_t n_rows,
+                 FetchAhead (&out)[kFetches]) noexcept;
 
 }  // namespace fathom::cpu

@@ -5,6 +5,7 @@
 #include <stdint.h>
 
 #include "cpu/matmul_kernels.h"
+#include "cpu/simd_scales.h"
 #include "fathom/quant.hpp"
 
 namespace fathom::cpu {
@@ -99,25 +100,11 @@ inline int32_t i_sum(I v) {
 inline I i_load(const int32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
 }
-// Eight bytes, without sign.
-inline I i_load_u8(const void* p) {
-  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
-}
-inline I i_and(I v, int32_t mask) {
-  return _mm256_and_si256(v, _mm256_set1_epi32(mask));
-}
-inline I i_or(I a, I b) {
-  return _mm256_or_si256(a, b);
-}
-inline I i_shift_right(I v, int n) {
-  return _mm256_srl_epi32(v, _mm_cvtsi32_si128(n));
-}
-template <int kBits>
-inline I i_shift_left(I v) {
-  return _mm256_slli_epi32(v, kBits);
-}
 inline I i_add(I a, I b) {
   return _mm256_add_epi32(a, b);
+}
+inline I i_sub(I a, I b) {
+  return _mm256_sub_epi32(a, b);
 }
 // Eight integers of int8 range as bytes.
 inline void i_store_i8(int8_t* p, I v) {
@@ -150,8 +137,14 @@ inline void f_store_bf16(uint16_t* p, F v) {
 inline F f_load_u8(const void* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
+inline S s_load(const void* p) {
+  return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+}
+inline F f_from_i8(S v) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
+}
 inline F f_load_i8(const void* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+  return f_from_i8(s_load(p));
 }
 // E4M3 shifted into an f16 is 2^-8 of its value, subnormals included; 0x7f is NaN.
 inline F f_load_f8(const void* p) {
@@ -177,6 +170,44 @@ inline void f_load_f8_parts(const void* p, F& a, F& b) {
   a = _mm256_cvtph_ps(_mm256_castsi256_si128(marked));
   b = _mm256_cvtph_ps(_mm256_extracti128_si256(marked, 1));
 }
+
+// ---- pairs of int16: what belongs to the first and to the last 16 of 32 columns ----
+
+inline I i_load_u8_pairs(const void* p) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+}
+inline I i_pairs_from_i8(S first, S last) {
+  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, last));
+}
+// Both of int16 range.
+inline I i_join_pairs(I first, I last) {
+  return _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16), 0xaa);
+}
+inline I i_low_nibbles(I bytes_in_pairs) {
+  return _mm256_and_si256(bytes_in_pairs, _mm256_set1_epi16(15));
+}
+inline I i_high_nibbles(I bytes_in_pairs) {
+  return _mm256_srli_epi16(bytes_in_pairs, 4);
+}
+inline I i_first_of_pairs(I v) {
+  return _mm256_srai_epi32(_mm256_slli_epi32(v, 16), 16);
+}
+inline I i_last_of_pairs(I v) {
+  return _mm256_srai_epi32(v, 16);
+}
+inline I i_sub_pairs(I a, I b) {
+  return _mm256_sub_epi16(a, b);
+}
+template <int kBits>
+inline I i_shift_left_pairs(I v) {
+  return _mm256_slli_epi16(v, kBits);
+}
+// a[first] b[first] + a[last] b[last]
+inline I i_dot_pairs(I a, I b) {
+  return _mm256_madd_epi16(a, b);
+}
+
+// ---- bytes ----
 
 inline B b_load(const void* p) {
   return _mm256_loadu_si256(static_cast<const B*>(p));

@@ -118,7 +118,8 @@ void pack_q2_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   pack_factor(src + offsetof(BlockQ2_K, d), 0, row, out);
   pack_factor(src + offsetof(BlockQ2_K, dmin), PackedQ2_K::kMinFactors, row, out);
   for (int j = 0; j < 16; ++j)
-    out[PackedQ2_K::kScales + 16 * j + row] = src[offsetof(BlockQ2_K, scales) + j];
+    out[PackedQ2_K::kScales + 32 * (j / 2) + 2 * row + j % 2] =
+        src[offsetof(BlockQ2_K, scales) + j];
   for (int s = 0; s < 8; ++s)
     pack_bit_pairs(src + offsetof(BlockQ2_K, qs) + 32 * (s / 4), 2 * (s % 4), row,
                    out + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * s);

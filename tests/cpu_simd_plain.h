@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/matmul_kernels.h"
+#include "cpu/simd_scales.h"
 #include "fathom/quant.hpp"
 #include "fathom/tensor.hpp"
 
@@ -123,8 +124,8 @@ I i_load(const int32_t* p) {
 I i_set(int32_t v) {
   return i_each([&](int) { return v; });
 }
-I i_add(I a, I b) {
-  return i_each([&](int i) { return a.v[i] + b.v[i]; });
+I i_sub(I a, I b) {
+  return i_each([&](int i) { return a.v[i] - b.v[i]; });
 }
 void i_store_i8(int8_t* p, I v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v.v[i]);
@@ -194,22 +195,65 @@ B b_signed(B v) {
 B b_iq4_values(B codes) {
   return b_each([&](int i) { return kIQ4Values[codes.v[i]]; });
 }
-I i_load_u8(const void* p) {
-  return i_each([&](int i) { return int32_t{static_cast<const uint8_t*>(p)[i]}; });
+S s_load(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
 }
-I i_and(I v, int32_t mask) {
-  return i_each([&](int i) { return v.v[i] & mask; });
+int8_t byte_of(S v, int i) {
+  int8_t bytes[16];
+  std::memcpy(bytes, &v, sizeof bytes);
+  return bytes[i];
 }
-I i_or(I a, I b) {
-  return i_each([&](int i) { return a.v[i] | b.v[i]; });
+F f_from_i8(S v) {
+  return f_each([&](int i) { return static_cast<float>(byte_of(v, i)); });
 }
-I i_shift_right(I v, int n) {
-  return i_each([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) >> n); });
+
+// Pairs of int16, the first in the low half.
+int32_t pair(int first, int last) {
+  return static_cast<int32_t>(static_cast<uint32_t>(first & 0xffff) | static_cast<uint32_t>(last)
+                                                                          << 16);
+}
+int first_of(int32_t pair) {
+  return static_cast<int16_t>(pair & 0xffff);
+}
+int last_of(int32_t pair) {
+  return pair >> 16;
+}
+I i_load_u8_pairs(const void* p) {
+  const auto* bytes = static_cast<const uint8_t*>(p);
+  return i_each([&](int i) { return pair(bytes[2 * i], bytes[2 * i + 1]); });
+}
+I i_pairs_from_i8(S first, S last) {
+  return i_each([&](int i) { return pair(byte_of(first, i), byte_of(last, i)); });
+}
+I i_join_pairs(I first, I last) {
+  return i_each([&](int i) { return pair(first.v[i], last.v[i]); });
+}
+I i_low_nibbles(I v) {
+  return i_each([&](int i) { return pair(first_of(v.v[i]) & 15, last_of(v.v[i]) & 15); });
+}
+I i_high_nibbles(I v) {
+  return i_each([&](int i) { return pair(first_of(v.v[i]) >> 4, last_of(v.v[i]) >> 4); });
+}
+I i_first_of_pairs(I v) {
+  return i_each([&](int i) { return first_of(v.v[i]); });
+}
+I i_last_of_pairs(I v) {
+  return i_each([&](int i) { return last_of(v.v[i]); });
+}
+I i_sub_pairs(I a, I b) {
+  return i_each([&](int i) {
+    return pair(first_of(a.v[i]) - first_of(b.v[i]), last_of(a.v[i]) - last_of(b.v[i]));
+  });
 }
 template <int kBits>
-I i_shift_left(I v) {
+I i_shift_left_pairs(I v) {
   return i_each(
-      [&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(v.v[i]) << kBits); });
+      [&](int i) { return pair(first_of(v.v[i]) * (1 << kBits), last_of(v.v[i]) * (1 << kBits)); });
+}
+I i_dot_pairs(I a, I b) {
+  return i_each([&](int i) {
+    return first_of(a.v[i]) * first_of(b.v[i]) + last_of(a.v[i]) * last_of(b.v[i]);
+  });
 }
 template <int kByte>
 I i_byte(B v) {

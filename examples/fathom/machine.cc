@@ -62,6 +62,46 @@ uint64_t read_all(const uint64_t* words, int64_t n_words) {
   return total;
 }
 
+// Work that all threads begin together, timed from the first one's start to the last one's end: a
+// thread that wakes late from the barrier must not make a pass look shorter than it was.
+class Passes {
+ public:
+  Passes(int threads, int passes)
+      : barrier_(threads),
+        threads_(threads),
+        start_(static_cast<size_t>(threads * passes)),
+        end_(static_cast<size_t>(threads * passes)) {}
+
+  template <class Work>
+  void run(int index, int pass, Work&& work) {
+    barrier_.arrive_and_wait();
+    const auto at = static_cast<size_t>(pass * threads_ + index);
+    start_[at] = now_seconds();
+    work();
+    end_[at] = now_seconds();
+  }
+  double fastest() const {
+    const std::vector<double> all = times();
+    return *std::min_element(all.begin(), all.end());
+  }
+  double slowest() const {
+    const std::vector<double> all = times();
+    return *std::max_element(all.begin(), all.end());
+  }
+
+ private:
+  std::vector<double> times() const {
+    std::vector<double> all;
+    for (auto i = start_.begin(), j = end_.begin(); i != start_.end(); i += threads_, j += threads_)
+      all.push_back(*std::max_element(j, j + threads_) - *std::min_element(i, i + threads_));
+    return all;
+  }
+
+  std::barrier<> barrier_;
+  int threads_;
+  std::vector<double> start_, end_;  // [pass][thread]
+};
+
 int64_t buffer_size() {
   const long l3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
   const int64_t wanted =
@@ -98,26 +138,22 @@ double measure_multiply_rate(int threads) {
   if (!wide && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) return 0;
   constexpr int64_t kLoops = 500'000;
   constexpr int kPasses = 8;
-  std::vector<double> times(kPasses);
-  std::barrier barrier(threads);
+  Passes passes(threads, kPasses);
   const auto work = [&](int index) {
-    for (int pass = 0; pass < kPasses; ++pass) {
-      barrier.arrive_and_wait();
-      const double start = now_seconds();
-      if (wide)
-        multiply_avx512(kLoops);
-      else
-        multiply_avx2(kLoops);
-      barrier.arrive_and_wait();
-      if (index == 0) times[static_cast<size_t>(pass)] = now_seconds() - start;
-    }
+    for (int pass = 0; pass < kPasses; ++pass)
+      passes.run(index, pass, [&] {
+        if (wide)
+          multiply_avx512(kLoops);
+        else
+          multiply_avx2(kLoops);
+      });
   };
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
   work(0);
   for (std::thread& thread : pool) thread.join();
   const double operations = 2.0 * 12 * (wide ? 16 : 8) * kLoops * threads;
-  return operations / *std::min_element(times.begin(), times.end());
+  return operations / passes.fastest();
 #else
   static_cast<void>(threads);
   return 0;
@@ -136,19 +172,13 @@ ReadBandwidth measure_read_bandwidth(int threads) {
 
   constexpr int kPasses = 5;
   const int64_t share = result.buffer_bytes / 8 / threads;  // words
-  std::vector<double> times(kPasses);
+  Passes passes(threads, kPasses);
   std::atomic<uint64_t> sink{0};
-  std::barrier barrier(threads);
   const auto work = [&](int index) {
     uint64_t* part = static_cast<uint64_t*>(memory) + index * share;
     std::memset(part, index + 1, static_cast<size_t>(share) * 8);
-    for (int pass = 0; pass < kPasses; ++pass) {
-      barrier.arrive_and_wait();
-      const double start = now_seconds();
-      sink += read_all(part, share);
-      barrier.arrive_and_wait();
-      if (index == 0) times[static_cast<size_t>(pass)] = now_seconds() - start;
-    }
+    for (int pass = 0; pass < kPasses; ++pass)
+      passes.run(index, pass, [&] { sink += read_all(part, share); });
   };
   std::vector<std::thread> pool;
   for (int i = 1; i < threads; ++i) pool.emplace_back(work, i);
@@ -157,9 +187,8 @@ ReadBandwidth measure_read_bandwidth(int threads) {
   munmap(memory, static_cast<size_t>(result.buffer_bytes));
 
   const double bytes = static_cast<double>(share * 8 * threads);
-  const auto [fastest, slowest] = std::minmax_element(times.begin(), times.end());
-  result.best = bytes / *fastest;
-  result.worst = bytes / *slowest;
+  result.best = bytes / passes.fastest();
+  result.worst = bytes / passes.slowest();
   return result;
 }
 
