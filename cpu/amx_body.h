@@ -66,7 +66,7 @@ inline void load_rows(const TileRows& rows, int64_t x_stride, int64_t at, int fi
   load_a(gathered, k);
 }
 
-// sums[r][c] += (dots[r][c] - offset of row r) * scale[c] * scale of row r.
+// sums[r][c] += (dots[r][c] + start of row r) * scale[c] * scale of row r.
 template <int kOffset>
 inline void add_dots(const TileRows& rows, int64_t at, int half, const int32_t* dots,
                      const float* scale, float* sums) {
@@ -74,7 +74,7 @@ inline void add_dots(const TileRows& rows, int64_t at, int half, const int32_t* 
     const XBlock& x = rows.x[r][at];
     for (int h = 0; h < kHalves; ++h) {
       I dot = i_load(dots + kGroupRows * r + kLanes * h);
-      if constexpr (kOffset != 0) dot = i_sub(dot, offset_of<kOffset>(x, half));
+      if constexpr (kOffset != 0) dot = i_add(dot, start_of<kOffset>(x, half));
       float* sum = sums + kGroupRows * r + kLanes * h;
       f_store(sum,
               f_fma(f_mul(f_from_i(dot), f_load(scale + kLanes * h)), f_set(x.scale), f_load(sum)));

@@ -313,10 +313,10 @@ inline I sums_of(const XBlock& x) {
   __builtin_memcpy(&pair, x.sums, sizeof pair);
   return i_set(pair);
 }
-// What the products of 16 columns have too much when their codes are kOffset too high.
+// Where the sum over 16 columns begins when their codes are kOffset too high.
 template <int kOffset>
-inline I offset_of(const XBlock& x, int half) {
-  return i_dot_pairs(sums_of(x), i_set(half == 0 ? kOffset : kOffset << 16));
+inline I start_of(const XBlock& x, int half) {
+  return i_dot_pairs(sums_of(x), i_set(half == 0 ? -kOffset & 0xffff : -kOffset * 0x10000));
 }
 
 // 32 columns in int32, scales included.  With codes below 8 (less kOffset) a dot product of 16
@@ -325,8 +325,9 @@ template <class Type>
 inline F add_pairs(const Columns32& c, const Pairs& pairs, const Factors& f, const XBlock& x,
                    F sum) {
   static_assert(16 * 127 * Type::kMaxCode <= 32767);
-  I dots = i_join_pairs(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q),
-                        i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16));
+  const I zero = i_set(0);
+  I dots = i_join_pairs(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q, zero),
+                        i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16, zero));
   static_assert(Type::kOffset == 0 || Type::kOffset == 4);
   if constexpr (Type::kOffset == 4) dots = i_sub_pairs(dots, i_shift_left_pairs<2>(sums_of(x)));
   F part = f_mul(f_from_i(i_dot_pairs(dots, pairs.scales)), f.d);
@@ -339,10 +340,9 @@ template <class Type>
 inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
   if constexpr (Type::kTwoScales) {
     static_assert(!Type::kMin && Type::kOffset != 0);
-    const I low =
-        i_sub(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q), offset_of<Type::kOffset>(x, 0));
+    const I low = i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q, start_of<Type::kOffset>(x, 0));
     const I high =
-        i_sub(i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16), offset_of<Type::kOffset>(x, 1));
+        i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16, start_of<Type::kOffset>(x, 1));
     const F part = f_fma(f_from_i(high), c.scale_high, f_mul(f_from_i(low), c.scale));
     return f_fma(part, f_set(x.scale), sum);
   } else {
@@ -350,7 +350,7 @@ inline F add_columns(const Columns32& c, const XBlock& x, F sum) {
     if constexpr (Type::kSigned)
       dot = i_dot_signed(c.w, x);
     else
-      dot = i_dot_unsigned<Type::kMaxCode, 8>(c.w, x.q);
+      dot = i_dot_unsigned<Type::kMaxCode, 8>(c.w, x.q, i_set(0));
     sum = f_fma(f_mul(f_from_i(dot), c.scale), f_set(x.scale), sum);
     if constexpr (Type::kMin) sum = f_fnma(c.min, f_set(x.scaled_sum), sum);
     return sum;

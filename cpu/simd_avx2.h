@@ -103,9 +103,6 @@ inline I i_load(const int32_t* p) {
 inline I i_add(I a, I b) {
   return _mm256_add_epi32(a, b);
 }
-inline I i_sub(I a, I b) {
-  return _mm256_sub_epi32(a, b);
-}
 // Eight integers of int8 range as bytes.
 inline void i_store_i8(int8_t* p, I v) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -286,12 +283,12 @@ inline I i_dot_signed(const B* w, const XBlock& x) {
   }
   return sum;
 }
-// The same for codes 0 .. kMaxCode: pairs are added in 16 bits as long as they fit.
+// start + the same for codes 0 .. kMaxCode: pairs are added in 16 bits as long as they fit.
 template <int kMaxCode, int kQuads>
-inline I i_dot_unsigned(const B* w, const int8_t* x) {
+inline I i_dot_unsigned(const B* w, const int8_t* x, I start) {
   constexpr int kFit = 32767 / (2 * 127 * kMaxCode);
   constexpr int kRun = kFit > kQuads ? kQuads : kFit >= 4 ? 4 : kFit >= 2 ? 2 : 1;
-  I sum = _mm256_setzero_si256();
+  I sum = start;
   for (int q = 0; q < kQuads; q += kRun) {
     B run = _mm256_maddubs_epi16(w[q], b_quad(x + 4 * q));
     for (int i = q + 1; i < q + kRun; ++i)

@@ -124,8 +124,8 @@ I i_load(const int32_t* p) {
 I i_set(int32_t v) {
   return i_each([&](int) { return v; });
 }
-I i_sub(I a, I b) {
-  return i_each([&](int i) { return a.v[i] - b.v[i]; });
+I i_add(I a, I b) {
+  return i_each([&](int i) { return a.v[i] + b.v[i]; });
 }
 void i_store_i8(int8_t* p, I v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(v.v[i]);
@@ -264,9 +264,9 @@ I i_signed_byte(B v) {
   return i_each([&](int i) { return int32_t{static_cast<int8_t>(v.v[4 * i + kByte])}; });
 }
 template <int kMaxCode, int kQuads>
-I i_dot_unsigned(const B* w, const int8_t* x) {
+I i_dot_unsigned(const B* w, const int8_t* x, I start) {
   return i_each([&](int lane) {
-    int32_t sum = 0;
+    int32_t sum = start.v[lane];
     for (int k = 0; k < 4 * kQuads; ++k) sum += w[k / 4].v[4 * lane + k % 4] * x[k];
     return sum;
   });
