@@ -211,13 +211,28 @@ typedef void(FATHOM_CALL *fathom_log_fn)(void *user, int32_t level, const char *
 typedef int32_t(FATHOM_CALL *fathom_memory_fn)(void *user, int32_t device, int32_t category,
                                                int64_t delta, uint64_t total);
 
+/* The host's own memory for all large blocks on CPU devices: addresses first, memory behind them
+ * when it is needed.  reserve: "bytes", a multiple of the system's page and aligned to it; NULL
+ * refuses.  commit: backs a part with zeroed memory, all or nothing; non-zero refuses.  decommit
+ * takes the memory back, release ends a reservation, committed or not. */
+typedef void *(FATHOM_CALL *fathom_reserve_fn)(void *user, uint64_t bytes);
+typedef int32_t(FATHOM_CALL *fathom_commit_fn)(void *user, void *base, uint64_t offset,
+                                               uint64_t bytes);
+typedef void(FATHOM_CALL *fathom_decommit_fn)(void *user, void *base, uint64_t offset,
+                                              uint64_t bytes);
+typedef void(FATHOM_CALL *fathom_release_fn)(void *user, void *base, uint64_t bytes);
+
 /* Hooks for the whole life of an engine and all that lives on it. */
 typedef struct fathom_host {
   uint32_t struct_size;
   int32_t log_level;       /* least important level to hand to log: FATHOM_LOG_* */
-  void *user;              /* first argument of both hooks */
+  void *user;              /* first argument of all hooks */
   fathom_log_fn log;       /* NULL: silent */
   fathom_memory_fn memory; /* NULL: budgets alone decide */
+  fathom_reserve_fn reserve; /* all four or none: the system's memory */
+  fathom_commit_fn commit;
+  fathom_decommit_fn decommit;
+  fathom_release_fn release;
 } fathom_host;
 
 typedef struct fathom_device_info {

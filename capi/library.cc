@@ -177,6 +177,32 @@ int32_t fathom_engine_create(const fathom_config* cfg, const fathom_host* host, 
                           static_cast<uint64_t>(total)) == 0;
         });
       };
+    if (h.reserve != nullptr)
+      hooks.allocator.reserve = [h](int64_t bytes) -> void* {
+        return host_callback(static_cast<void*>(nullptr),
+                             [&] { return h.reserve(h.user, static_cast<uint64_t>(bytes)); });
+      };
+    if (h.commit != nullptr)
+      hooks.allocator.commit = [h](void* base, int64_t offset, int64_t bytes) {
+        return host_callback(false, [&] {
+          return h.commit(h.user, base, static_cast<uint64_t>(offset),
+                          static_cast<uint64_t>(bytes)) == 0;
+        });
+      };
+    if (h.decommit != nullptr)
+      hooks.allocator.decommit = [h](void* base, int64_t offset, int64_t bytes) {
+        host_callback(0, [&] {
+          h.decommit(h.user, base, static_cast<uint64_t>(offset), static_cast<uint64_t>(bytes));
+          return 0;
+        });
+      };
+    if (h.release != nullptr)
+      hooks.allocator.release = [h](void* base, int64_t bytes) {
+        host_callback(0, [&] {
+          h.release(h.user, base, static_cast<uint64_t>(bytes));
+          return 0;
+        });
+      };
     Use use;
     if (cfg != nullptr) FATHOM_TRY(use.begin(cfg, "cfg"));
     FATHOM_TRY_ASSIGN(Engine engine, Engine::create(cfg ? cfg->config : Config(), hooks));

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "cpu/attention.h"
@@ -29,6 +30,21 @@ namespace {
 
 constexpr HugePages kHugePages = HugePages::kAdvise;
 
+// What the host's allocator answers; null and exceptions are refusals.
+template <class Ask>
+Result<void*> asked_of_host(int64_t bytes, Ask&& ask) noexcept {
+  void* answer = nullptr;
+  try {
+    answer = ask();
+  } catch (...) {  // a host's exception must not pass through the library
+  }
+  if (answer != nullptr) return answer;
+  char text[96];
+  std::snprintf(text, sizeof text, "the host's allocator refused %lld bytes",
+                static_cast<long long>(bytes));
+  return Status(Code::kMemory, text).bytes(bytes, 0);
+}
+
 }  // namespace
 
 Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options) {
@@ -48,7 +64,7 @@ Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options
                            .rows = &row_kernels(isa),
                            .pairs = pair_kernels(isa, options.numerics)};
   return std::unique_ptr<CpuBackend>(
-      new CpuBackend(options.name, options.isa, std::move(threads), context));
+      new CpuBackend(options.name, options.isa, std::move(threads), context, options.allocator));
 }
 
 std::string CpuBackend::describe() const {
@@ -78,16 +94,22 @@ int64_t CpuBackend::runtime_bytes() const noexcept {
   return static_cast<int64_t>(sizeof(*this)) + threads_->runtime_bytes();
 }
 Result<void*> CpuBackend::reserve(int64_t bytes) noexcept {
-  return host_reserve(bytes, kHugePages);
+  if (!allocator_) return host_reserve(bytes, kHugePages);
+  return asked_of_host(bytes, [&] { return allocator_.reserve(bytes); });
 }
 Status CpuBackend::commit(void* base, int64_t offset, int64_t bytes) noexcept {
-  return host_commit(base, offset, bytes);
+  if (!allocator_) return host_commit(base, offset, bytes);
+  return asked_of_host(bytes,
+                       [&] { return allocator_.commit(base, offset, bytes) ? base : nullptr; })
+      .status();
 }
 void CpuBackend::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
-  host_decommit(base, offset, bytes, kHugePages);
+  if (!allocator_) return host_decommit(base, offset, bytes, kHugePages);
+  (void)asked_of_host(bytes, [&] { return allocator_.decommit(base, offset, bytes), base; });
 }
 void CpuBackend::release(void* base, int64_t bytes) noexcept {
-  host_release(base, bytes);
+  if (!allocator_) return host_release(base, bytes);
+  (void)asked_of_host(bytes, [&] { return allocator_.release(base, bytes), base; });
 }
 Status CpuBackend::upload(void* device, const void* host, int64_t bytes) noexcept {
   if (bytes > 0) std::memcpy(device, host, static_cast<size_t>(bytes));

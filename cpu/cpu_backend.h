@@ -65,16 +65,18 @@ class CpuBackend final : public Backend {
 
  private:
   CpuBackend(std::string name, std::string isa_option, std::unique_ptr<ThreadPool> threads,
-             CpuContext context) noexcept
+             CpuContext context, HostAllocator allocator) noexcept
       : name_(std::move(name)),
         isa_option_(std::move(isa_option)),
         threads_(std::move(threads)),
-        context_(context) {}
+        context_(context),
+        allocator_(std::move(allocator)) {}
 
   std::string name_;
   std::string isa_option_;
   std::unique_ptr<ThreadPool> threads_;
   CpuContext context_;
+  HostAllocator allocator_;
 };
 
 }  // namespace fathom::cpu

@@ -55,6 +55,10 @@ Layout current_layout() {
   FIELD(fathom_host, user);
   FIELD(fathom_host, log);
   FIELD(fathom_host, memory);
+  FIELD(fathom_host, reserve);
+  FIELD(fathom_host, commit);
+  FIELD(fathom_host, decommit);
+  FIELD(fathom_host, release);
   STRUCT(fathom_device_info);
   FIELD(fathom_device_info, struct_size);
   FIELD(fathom_device_info, index);

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "fathom/kv_page.hpp"
+#include "fathom/memory.hpp"
 #include "fathom/model_config.hpp"
 #include "fathom/status.hpp"
 #include "fathom/tensor.hpp"
@@ -306,6 +307,7 @@ struct CpuOptions {
   int threads = 0;          // 0: the processors this process may use
   std::string isa = "auto"; // "scalar", "avx2", "avx512", "amx"; refused when the machine lacks it
   Numerics numerics = Numerics::kFast;
+  HostAllocator allocator = {};
 };
 // Starts the thread pool.  Errors: kConfig (unknown isa), kUnsupported (this machine lacks it, and
 // the message says what it lacks), kMemory.

@@ -44,6 +44,7 @@ struct HostHooks {
   // Called after each operation of each pass; every operation is then waited for before the next,
   // which costs devices that queue them.  None: nothing is measured.
   OpObserver op = {};
+  HostAllocator allocator = {};  // none: the system's memory
 };
 
 // A flag that a long call watches.  request() may be called from any thread or a signal handler.

@@ -61,10 +61,29 @@ struct MemorySnapshot {
 
 // Something the library decided at run time that a user should be able to see.
 struct Event {
-  std::string kind;       // "chunk_lowered", "spilled", ...; stable names
+  // "chunk_lowered", "spilled" (to host memory), "requantised", "spilled_to_file"; stable names.
+  // Steps of a kind in a row are one event that grows.
+  std::string kind;
   std::string text;       // for people
   int64_t position = 0;   // tokens in the session when it happened
   int64_t bytes = 0;      // memory freed or moved
+};
+
+// The host's own memory instead of the system's, for all large blocks on CPU devices (the thread
+// stacks excepted): addresses first, memory behind them when it is needed.  All four or none.
+// Called on the thread that asks, while the library may hold locks: do not call it.  What they
+// throw counts as a refusal.
+struct HostAllocator {
+  // Addresses for `bytes`, a multiple of the system's page and aligned to it; null refuses.
+  std::function<void*(int64_t bytes)> reserve = {};
+  // Backs [offset, offset + bytes) with zeroed memory, all or nothing; false refuses.
+  std::function<bool(void* base, int64_t offset, int64_t bytes)> commit = {};
+  // Takes the memory back; the addresses stay.
+  std::function<void(void* base, int64_t offset, int64_t bytes)> decommit = {};
+  // Ends a reservation, committed or not.
+  std::function<void(void* base, int64_t bytes)> release = {};
+
+  explicit operator bool() const noexcept { return static_cast<bool>(reserve); }
 };
 
 // Sees every change before it is made; `delta` is positive for growth, `total` the device's bytes

@@ -48,7 +48,8 @@ void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
   }
 }
 
-Result<std::unique_ptr<Backend>> make_device(const Config& config, const std::string& name) {
+Result<std::unique_ptr<Backend>> make_device(const Config& config, const HostHooks& hooks,
+                                             const std::string& name) {
   if (!run::plugin_file(name).empty())
     return run::open_plugin_device(config.cuda_plugin.value_or(""),
                                    {.name = name, .numerics = config.numerics});
@@ -62,6 +63,7 @@ Result<std::unique_ptr<Backend>> make_device(const Config& config, const std::st
   options.threads = static_cast<int>(config.threads);
   options.isa = config.isa;
   options.numerics = config.numerics;
+  options.allocator = hooks.allocator;
   return make_cpu_backend(options);
 }
 
@@ -71,11 +73,12 @@ bool is_host(const Backend& device) {
 
 // The devices that the configuration names, without those it lets be missing.
 Result<std::vector<std::unique_ptr<Backend>>> make_devices(const Config& config,
+                                                           const HostHooks& hooks,
                                                            std::vector<std::string>& warnings) {
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
   std::vector<std::unique_ptr<Backend>> devices;
   for (const std::string& name : names) {
-    Result<std::unique_ptr<Backend>> device = make_device(config, name);
+    Result<std::unique_ptr<Backend>> device = make_device(config, hooks, name);
     if (device.ok())
       devices.push_back(std::move(device).value());
     else if (config.devices_missing == MissingDevice::kRefuse || run::plugin_file(name).empty())
@@ -96,8 +99,16 @@ Result<std::vector<std::unique_ptr<Backend>>> make_devices(const Config& config,
 Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
                              const MachineDescription* rates) {
   FATHOM_TRY(config.validate());
+  const HostAllocator& allocator = hooks.allocator;
+  if (const bool all =
+          allocator.reserve && allocator.commit && allocator.decommit && allocator.release;
+      !all && (allocator.reserve || allocator.commit || allocator.decommit || allocator.release))
+    return Status(
+        Code::kInvalidArgument,
+        "the host's allocator has some of reserve, commit, decommit and release, not all");
   std::vector<std::string> warnings;
-  FATHOM_TRY_ASSIGN(std::vector<std::unique_ptr<Backend>> devices, make_devices(config, warnings));
+  FATHOM_TRY_ASSIGN(std::vector<std::unique_ptr<Backend>> devices,
+                    make_devices(config, hooks, warnings));
   std::vector<std::string> names;
   for (const auto& device : devices) names.emplace_back(device->name());
   if (hooks.op)
