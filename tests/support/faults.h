@@ -1,5 +1,5 @@
 // Allocations that fail on demand: large memory through the host's allocator hook, and the heap
-// through operator new (faults.cc, in programs that link it).
+// through an operator new that a test program defines.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +38,11 @@ class HeapFaults {
   ~HeapFaults() { on() = false; }
   static bool& on() noexcept {
     static thread_local bool value = false;
+    return value;
+  }
+  // Blocks of operator new that this thread has not given back.
+  static int64_t& live() noexcept {
+    static thread_local int64_t value = 0;
     return value;
   }
 };
