@@ -4,7 +4,10 @@
 //   2. hidden  tasks (expert, slice of gate and up): hidden values of the expert's rows
 //   3. down    tasks (slice of the output columns), each passing over all experts in ascending id:
 //              no two tasks write the same value, and the order of the sum is fixed
+//
+// 2 and 3 for as many pairs at a time as have hidden values in the workspace.
 #include <algorithm>
+#include <utility>
 
 #include "cpu/ffn.h"
 #include "cpu/matmul.h"
@@ -18,7 +21,8 @@ struct ExpertsScratch {
   int32_t* tokens;    // [n_pairs] token of each sorted pair
   float* weights;     // [n_pairs]
   XBlock* x_blocks;   // [n_tokens, hidden_size / 32], when gate or up is computed in int8
-  std::byte* hidden;  // [n_pairs, hidden_row_bytes()]
+  int64_t rows;       // pairs of a part
+  std::byte* hidden;  // [rows, hidden_row_bytes()]
   FfnTiles tiles;
 };
 
@@ -33,7 +37,9 @@ ExpertsScratch carve(Workspace& space, const CpuContext& ctx, const ExpertsParam
     return uses_method(ctx, *w, p.n_tokens, false, Method::kInt8);
   };
   if (int8(p.gate) || int8(p.up)) s.x_blocks = space.take<XBlock>(p.n_tokens * (p.gate->cols / 32));
-  s.hidden = space.take<std::byte>(n_pairs * hidden_row_bytes(ctx, *p.down, n_pairs));
+  const int64_t row_bytes = hidden_row_bytes(ctx, *p.down, n_pairs);
+  s.rows = hidden_rows_at_once(row_bytes, n_pairs);
+  s.hidden = space.take<std::byte>(s.rows * row_bytes);
   s.tiles = carve_tiles(space, ctx, n_pairs, *p.gate, *p.up, *p.down);
   return s;
 }
@@ -81,7 +87,6 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
   const int64_t hidden_size = p.gate->cols;
   const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
   const int64_t row_bytes = hidden_row_bytes(ctx, *p.down, n_pairs);
-  const auto rows_of = [&](int64_t e) { return int64_t{s.first[e + 1]} - s.first[e]; };
 
   Activations x{.x = p.x, .x_stride = hidden_size};
   if (s.x_blocks != nullptr) {
@@ -90,56 +95,73 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
     x.block_stride = hidden_size / 32;
   }
 
-  // Slices by the average: the cut is the same for all experts of a call.
+  // Slices by the average, methods by all rows of an expert: they do not depend on the parts.
   const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
   const int64_t average_rows = (n_pairs + n_experts - 1) / n_experts;
-  int64_t groups = slice_groups(*p.gate, average_rows);
-  int64_t n_slices = slice_count(*p.gate, groups);
-  ctx.threads->parallel_for(n_active * n_slices, [&](int64_t task, int worker) {
-    const int64_t e = s.active[task / n_slices];
-    const int64_t n_rows = rows_of(e);
-    Activations rows = x;
-    rows.rows = s.tokens + s.first[e];
-    rows.n_rows = n_rows;
-    hidden_slice(ctx,
-                 {.gate = p.gate,
-                  .up = p.up,
-                  .index = e,
-                  .gate_method = choose_method(ctx, *p.gate, n_rows, false),
-                  .up_method = choose_method(ctx, *p.up, n_rows, false),
-                  .down_method = choose_method(ctx, *p.down, n_rows, false),
-                  .hidden_row_bytes = row_bytes,
-                  .slice = slice_at(*p.gate, groups, task % n_slices)},
-                 rows, s.tiles, worker, s.hidden + s.first[e] * row_bytes);
-  });
+  const int64_t up_groups = slice_groups(*p.gate, average_rows);
+  const int64_t down_groups = slice_groups(*p.down, average_rows);
+  const int64_t n_up = slice_count(*p.gate, up_groups), n_down = slice_count(*p.down, down_groups);
+  const auto method = [&](const Weight& w, int64_t e) {
+    return choose_method(ctx, w, s.first[e + 1] - s.first[e], false);
+  };
 
-  groups = slice_groups(*p.down, average_rows);
-  n_slices = slice_count(*p.down, groups);
-  ctx.threads->parallel_for(n_slices, [&](int64_t task, int worker) {
-    const Slice slice = slice_at(*p.down, groups, task);
-    float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
-    const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);
-    float* panels = worker_part(s.tiles.panels, worker, kPanelFloats);
-    for (int64_t t = 0; t < p.n_tokens && !p.add; ++t)
-      std::fill_n(p.out + t * p.down->rows + slice.row0, slice.n_rows, 0.0f);
-    for (int64_t a = 0; a < n_active; ++a) {
-      const int64_t e = s.active[a];
-      const int64_t n_rows = rows_of(e);
-      const Method method = choose_method(ctx, *p.down, n_rows, false);
-      const Activations h =
-          hidden_rows(method, s.hidden + s.first[e] * row_bytes, row_bytes, n_rows);
-      for (int64_t row = 0; row < n_rows; row += block_rows) {
-        const int64_t n = std::min(block_rows, n_rows - row);
-        multiply_slice(ctx, method, *p.down, e, slice, sub_rows(h, row, n), panels, tile,
-                       slice.n_rows, false);
-        for (int64_t i = 0; i < n; ++i) {
-          const int64_t pair = s.first[e] + row + i;
-          ctx.matmul->add_scaled(s.weights[pair], tile + i * slice.n_rows, slice.n_rows,
-                                 p.out + s.tokens[pair] * p.down->rows + slice.row0);
+  int64_t first_active = 0, begin = 0;
+  const int64_t n_ours = s.first[p.gate->count];
+  do {  // pairs [begin, end), of the active experts [first_active, end_active)
+    const int64_t end = std::min(begin + s.rows, n_ours);
+    while (first_active < n_active && s.first[s.active[first_active] + 1] <= begin) ++first_active;
+    int64_t end_active = first_active;
+    while (end_active < n_active && s.first[s.active[end_active]] < end) ++end_active;
+    const auto pairs_of = [&](int64_t e) {
+      return std::pair(std::max<int64_t>(s.first[e], begin),
+                       std::min<int64_t>(s.first[e + 1], end));
+    };
+    const auto hidden_of = [&](int64_t pair) { return s.hidden + (pair - begin) * row_bytes; };
+
+    ctx.threads->parallel_for((end_active - first_active) * n_up, [&](int64_t task, int worker) {
+      const int64_t e = s.active[first_active + task / n_up];
+      const auto [first, last] = pairs_of(e);
+      Activations rows = x;
+      rows.rows = s.tokens + first;
+      rows.n_rows = last - first;
+      hidden_slice(ctx,
+                   {.gate = p.gate,
+                    .up = p.up,
+                    .index = e,
+                    .gate_method = method(*p.gate, e),
+                    .up_method = method(*p.up, e),
+                    .down_method = method(*p.down, e),
+                    .hidden_row_bytes = row_bytes,
+                    .slice = slice_at(*p.gate, up_groups, task % n_up)},
+                   rows, s.tiles, worker, hidden_of(first));
+    });
+
+    ctx.threads->parallel_for(n_down, [&](int64_t task, int worker) {
+      const Slice slice = slice_at(*p.down, down_groups, task);
+      float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
+      const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);
+      float* panels = worker_part(s.tiles.panels, worker, kPanelFloats);
+      for (int64_t t = 0; t < p.n_tokens && begin == 0 && !p.add; ++t)
+        std::fill_n(p.out + t * p.down->rows + slice.row0, slice.n_rows, 0.0f);
+      for (int64_t a = first_active; a < end_active; ++a) {
+        const int64_t e = s.active[a];
+        const auto [first, last] = pairs_of(e);
+        const Activations h =
+            hidden_rows(method(*p.down, e), hidden_of(first), row_bytes, last - first);
+        for (int64_t row = 0; row < h.n_rows; row += block_rows) {
+          const int64_t n = std::min(block_rows, h.n_rows - row);
+          multiply_slice(ctx, method(*p.down, e), *p.down, e, slice, sub_rows(h, row, n), panels,
+                         tile, slice.n_rows, false);
+          for (int64_t i = 0; i < n; ++i) {
+            const int64_t pair = first + row + i;
+            ctx.matmul->add_scaled(s.weights[pair], tile + i * slice.n_rows, slice.n_rows,
+                                   p.out + s.tokens[pair] * p.down->rows + slice.row0);
+          }
         }
       }
-    }
-  });
+    });
+    begin = end;
+  } while (begin < n_ours);
 }
 
 }  // namespace fathom::cpu

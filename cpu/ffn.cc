@@ -10,7 +10,8 @@ namespace {
 
 struct FfnScratch {
   XBlock* x_blocks;   // [n_tokens, hidden_size / 32], when gate or up is computed in int8
-  std::byte* hidden;  // [n_tokens, hidden_row_bytes()]
+  int64_t rows;       // of a part
+  std::byte* hidden;  // [rows, hidden_row_bytes()]
   FfnTiles tiles;
 };
 
@@ -20,7 +21,9 @@ FfnScratch carve(Workspace& space, const CpuContext& ctx, const FfnParams& p) no
     return uses_method(ctx, *w, p.n_tokens, false, Method::kInt8);
   };
   if (int8(p.gate) || int8(p.up)) s.x_blocks = space.take<XBlock>(p.n_tokens * (p.gate->cols / 32));
-  s.hidden = space.take<std::byte>(p.n_tokens * hidden_row_bytes(ctx, *p.down, p.n_tokens));
+  const int64_t row_bytes = hidden_row_bytes(ctx, *p.down, p.n_tokens);
+  s.rows = hidden_rows_at_once(row_bytes, p.n_tokens);
+  s.hidden = space.take<std::byte>(s.rows * row_bytes);
   s.tiles = carve_tiles(space, ctx, p.n_tokens, *p.gate, *p.up, *p.down);
   return s;
 }
@@ -34,6 +37,10 @@ int64_t hidden_row_bytes(const CpuContext& ctx, const Weight& down, int64_t n_ro
   constexpr int64_t kUnit = 192;  // rows begin on cache lines and on whole XBlocks
   static_assert(kUnit % Workspace::kAlignment == 0 && kUnit % sizeof(XBlock) == 0);
   return (bytes + kUnit - 1) / kUnit * kUnit;
+}
+
+int64_t hidden_rows_at_once(int64_t row_bytes, int64_t n_rows) noexcept {
+  return std::min(std::max<int64_t>(kHiddenBytes / row_bytes / kRowBlock, 1) * kRowBlock, n_rows);
 }
 
 FfnTiles carve_tiles(Workspace& space, const CpuContext& ctx, int64_t n_rows, const Weight& gate,
@@ -112,32 +119,39 @@ void ffn(const CpuContext& ctx, const OpContext& op, const FfnParams& p) noexcep
     x.block_stride = hidden_size / 32;
   }
 
-  const int64_t n_blocks = row_blocks(p.n_tokens);
-  const auto block_rows = [&](int64_t block) {
-    return std::min(kRowBlock, p.n_tokens - block * kRowBlock);
-  };
-  int64_t groups = slice_groups(*p.gate, p.n_tokens);
-  int64_t n_slices = slice_count(*p.gate, groups);
-  ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
-    const int64_t block = task / n_slices;
-    HiddenSlice part = hidden;
-    part.slice = slice_at(*p.gate, groups, task % n_slices);
-    hidden_slice(ctx, part, sub_rows(x, block * kRowBlock, block_rows(block)), scratch.tiles,
-                 worker, scratch.hidden + block * kRowBlock * hidden.hidden_row_bytes);
-  });
+  // Rows [first, first + n_rows) of the chunk.
+  const auto part = [&](int64_t first, int64_t n_rows) {
+    const Activations in = sub_rows(x, first, n_rows);
+    const int64_t n_blocks = row_blocks(n_rows);
+    const auto block_rows = [&](int64_t block) {
+      return std::min(kRowBlock, n_rows - block * kRowBlock);
+    };
+    int64_t groups = slice_groups(*p.gate, p.n_tokens);
+    int64_t n_slices = slice_count(*p.gate, groups);
+    ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
+      const int64_t block = task / n_slices;
+      HiddenSlice slice = hidden;
+      slice.slice = slice_at(*p.gate, groups, task % n_slices);
+      hidden_slice(ctx, slice, sub_rows(in, block * kRowBlock, block_rows(block)), scratch.tiles,
+                   worker, scratch.hidden + block * kRowBlock * hidden.hidden_row_bytes);
+    });
 
-  const Activations h =
-      hidden_rows(hidden.down_method, scratch.hidden, hidden.hidden_row_bytes, p.n_tokens);
-  groups = slice_groups(*p.down, p.n_tokens);
-  n_slices = slice_count(*p.down, groups);
-  ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
-    const int64_t block = task / n_slices;
-    const Slice slice = slice_at(*p.down, groups, task % n_slices);
-    multiply_slice(ctx, hidden.down_method, *p.down, 0, slice,
-                   sub_rows(h, block * kRowBlock, block_rows(block)),
-                   worker_part(scratch.tiles.panels, worker, kPanelFloats),
-                   p.out + block * kRowBlock * p.down->rows + slice.row0, p.down->rows, p.add);
-  });
+    const Activations h =
+        hidden_rows(hidden.down_method, scratch.hidden, hidden.hidden_row_bytes, n_rows);
+    groups = slice_groups(*p.down, p.n_tokens);
+    n_slices = slice_count(*p.down, groups);
+    ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
+      const int64_t block = task / n_slices;
+      const Slice slice = slice_at(*p.down, groups, task % n_slices);
+      multiply_slice(ctx, hidden.down_method, *p.down, 0, slice,
+                     sub_rows(h, block * kRowBlock, block_rows(block)),
+                     worker_part(scratch.tiles.panels, worker, kPanelFloats),
+                     p.out + (first + block * kRowBlock) * p.down->rows + slice.row0, p.down->rows,
+                     p.add);
+    });
+  };
+  for (int64_t first = 0; first < p.n_tokens; first += scratch.rows)
+    part(first, std::min(scratch.rows, p.n_tokens - first));
 }
 
 }  // namespace fathom::cpu

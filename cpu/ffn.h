@@ -13,6 +13,12 @@ namespace fathom::cpu {
 // `down` is computed in int8 whatever the number of rows, else room for f32.
 int64_t hidden_row_bytes(const CpuContext&, const Weight& down, int64_t n_rows) noexcept;
 
+// Rows whose hidden values lie in the workspace at a time: whole blocks of kRowBlock in
+// kHiddenBytes, one at least, and at most n_rows.  Wide networks and many experts are gone through
+// in such parts, which costs two barriers each.
+inline constexpr int64_t kHiddenBytes = int64_t{16} << 20;
+int64_t hidden_rows_at_once(int64_t row_bytes, int64_t n_rows) noexcept;
+
 // Scratch of each worker.
 struct FfnTiles {
   int64_t floats;  // of one tile

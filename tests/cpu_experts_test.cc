@@ -172,6 +172,50 @@ TEST_CASE("experts give the same bits with any number of threads", "[cpu][expert
   }
 }
 
+TEST_CASE(
+    "a chunk whose hidden values are more than the workspace takes at a time has the bits of its "
+    "halves",
+    "[cpu][experts]") {
+  // 1,400 pairs of 4,096 f32 values are 22 MiB; one expert has most of them and is cut itself.
+  constexpr int64_t kTokens = 700, kHidden = 32, kInner = 4096, kExperts = 5;
+  for (const cpu::Isa isa : runnable_isas()) {
+    const TestContext test = make_context(isa, Numerics::kFast, 2);
+    if (isa == cpu::Isa::kScalar) continue;  // the same code around slower kernels
+    Rng rng(47);
+    const Experts e = random_experts(rng, DType::kBF16, DType::kBF16, kExperts, kHidden, kInner);
+    Routing r = random_routing(rng, kTokens, 2, kExperts, kExperts);
+    for (int64_t t = 0; t < kTokens; ++t)
+      if (t % 7 != 0)
+        r.ids[static_cast<size_t>(2 * t)] = 3, r.ids[static_cast<size_t>(2 * t + 1)] = t % 2;
+    const std::vector<float> x = random_values(rng, kTokens * kHidden, 0.2f);
+    const std::vector<float> before = random_values(rng, kTokens * kHidden);
+    const std::vector<float> whole = run(test.ctx, e, r, 2, x, before);
+    const auto half = [](const auto& all, int64_t i) {
+      return std::decay_t<decltype(all)>(
+          all.begin() + i * static_cast<int64_t>(all.size()) / 2,
+          all.begin() + (i + 1) * static_cast<int64_t>(all.size()) / 2);
+    };
+    std::vector<float> halves;
+    for (const int64_t i : {0, 1}) {
+      const std::vector<float> part =
+          run(test.ctx, e, {half(r.ids, i), half(r.weights, i)}, 2, half(x, i), half(before, i));
+      halves.insert(halves.end(), part.begin(), part.end());
+    }
+    INFO(test.ctx.matmul->name);
+    CHECK(std::memcmp(whole.data(), halves.data(), whole.size() * sizeof(float)) == 0);
+    const ExpertsParams p{.x = x.data(),
+                          .n_tokens = kTokens,
+                          .ids = r.ids.data(),
+                          .weights = r.weights.data(),
+                          .num_experts_per_tok = 2,
+                          .gate = &e.gate.weight,
+                          .up = &e.up.weight,
+                          .down = &e.down.weight,
+                          .out = halves.data()};
+    CHECK(cpu::workspace_bytes(test.ctx, p) < int64_t{18} << 20);
+  }
+}
+
 TEST_CASE("a sum handed on over spans of experts has the bits of one device", "[cpu][experts]") {
   const auto span_of = [](const Weight& w, int64_t first, int64_t count) {
     Weight part = w;

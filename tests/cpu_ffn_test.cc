@@ -128,3 +128,34 @@ TEST_CASE("ffn gives the same bits with any number of threads", "[cpu][ffn]") {
     }
   }
 }
+
+TEST_CASE("a wide network in parts of its chunk has the bits of one part at a time", "[cpu][ffn]") {
+  // 300 rows of 18,432 f32 values are 21 MiB.
+  constexpr int64_t kTokens = 300, kHidden = 32, kInner = 18432;
+  for (const cpu::Isa isa : runnable_isas()) {
+    if (isa == cpu::Isa::kScalar) continue;  // the same code around slower kernels
+    const TestContext test = make_context(isa, Numerics::kFast, 2);
+    Rng rng(33);
+    const Network n =
+        random_network(rng, DType::kBF16, DType::kBF16, DType::kBF16, kHidden, kInner);
+    const std::vector<float> x = random_values(rng, kTokens * kHidden, 0.2f);
+    const auto run = [&](int64_t first, int64_t n_tokens, float* out) {
+      const FfnParams p{.x = x.data() + first * kHidden,
+                        .n_tokens = n_tokens,
+                        .gate = &n.gate.weight,
+                        .up = &n.up.weight,
+                        .down = &n.down.weight,
+                        .out = out + first * kHidden,
+                        .add = false};
+      const GuardedWorkspace space(cpu::workspace_bytes(test.ctx, p));
+      CHECK(cpu::workspace_bytes(test.ctx, p) < int64_t{18} << 20);
+      cpu::ffn(test.ctx, space.op(), p);
+      space.check();
+    };
+    std::vector<float> whole(x.size()), parts(x.size());
+    run(0, kTokens, whole.data());
+    for (int64_t first = 0; first < kTokens; first += 100) run(first, 100, parts.data());
+    INFO(test.ctx.matmul->name);
+    CHECK(std::memcmp(whole.data(), parts.data(), whole.size() * sizeof(float)) == 0);
+  }
+}

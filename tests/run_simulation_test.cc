@@ -198,5 +198,34 @@ TEST_CASE("the true V3 shape: the prefill peak is the same at 4 K, 64 K and 160 
   CHECK(scratch[0] <= int64_t{160} << 20);
 }
 
+TEST_CASE(
+    "the scratch of a V3 chunk of 512 stays below 160 MiB for all weights, threads and kernels",
+    "[simulation]") {
+  for (const std::string& isa : test::runnable_isas())
+    for (const char* threads : {"1", "8", "32"}) {
+      auto engine =
+          Engine::simulate(machine_of(R"({"devices": [{"name": "cpu", "bytes": "3000G"}]})"),
+                           test::config_of({{"threads", threads}, {"isa", isa}}));
+      INFO(engine.status().message());
+      REQUIRE(engine.ok());
+      for (const char* type : {"q4_k", "q8_0", "fp8", "bf16", "f16"})
+        for (const char* context : {"600", "163840"}) {
+          auto plan =
+              engine->plan(published_config("v3"), test::config_of({{"weights.type", type},
+                                                                    {"threads", threads},
+                                                                    {"isa", isa},
+                                                                    {"prefill.chunk", "512"},
+                                                                    {"context.max", context}}));
+          INFO(plan.status().message());
+          REQUIRE(plan.ok());
+          const int64_t scratch = plan->devices[0].planned(Purpose::kActivations) +
+                                  plan->devices[0].planned(Purpose::kWorkspace);
+          INFO(isa << ", " << threads << " threads, " << type << ", " << context
+                   << " tokens: " << static_cast<double>(scratch) / (1 << 20) << " MiB");
+          CHECK(scratch <= int64_t{160} << 20);
+        }
+    }
+}
+
 }  // namespace
 }  // namespace fathom

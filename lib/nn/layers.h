@@ -46,6 +46,7 @@ struct Scratch {
   float* kv;                  // [n_tokens, kv_lora_rank + qk_rope_head_dim]
   float* attn;                // [n_tokens, n_heads, v_head_dim]
   AttentionState attn_state;  // [n_tokens, n_heads] each
+  // Only absorbed attention; they share their bytes with x_norm and q_latent.
   float* q_absorbed;          // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
   float* attn_absorbed;       // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
 

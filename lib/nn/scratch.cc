@@ -24,21 +24,29 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
   };
   s.logits = floats(roles.head, logit_rows * c.vocab_size);
   s.x = floats(rows || roles.head, (rows ? n : logit_rows) * c.hidden_size);
-  const bool all_normed = roles.layers || roles.guests || (rows && roles.head);
-  s.x_norm = floats(all_normed || roles.head, (all_normed ? n : logit_rows) * c.hidden_size);
   s.cos_sin = floats(roles.layers, n * c.qk_rope_head_dim);
 
-  const int64_t mark = arena.mark();
+  // Latent queries of absorbed attention take the place of what they are computed from: x_norm and
+  // q_latent are read by the projections before, and written anew behind.
+  const int64_t normed_mark = arena.mark();
   if (roles.layers) {
     const int64_t absorbed = std::min(n, kAbsorbedRows);
+    s.q_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
+    s.attn_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
+  }
+  const int64_t absorbed_mark = arena.mark();
+  arena.rewind(normed_mark);
+  const bool all_normed = roles.layers || roles.guests || (rows && roles.head);
+  s.x_norm = floats(all_normed || roles.head, (all_normed ? n : logit_rows) * c.hidden_size);
+  const int64_t mark = arena.mark();
+  if (roles.layers) {
     s.q_latent = arena.take<float>(n * c.q_lora_rank);
+    arena.rewind(std::max(arena.mark(), absorbed_mark));
     s.q = arena.take<float>(n * heads * c.qk_head_dim());
     s.kv = arena.take<float>(n * c.kv_row_dim());
     s.attn = arena.take<float>(n * heads * c.v_head_dim);
     s.attn_state.max = arena.take<float>(n * heads);
     s.attn_state.sum = arena.take<float>(n * heads);
-    s.q_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
-    s.attn_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
   }
 
   arena.rewind(mark);
