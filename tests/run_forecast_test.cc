@@ -170,5 +170,82 @@ TEST_CASE("the ladder does what was forecast", "[forecast]") {
   }
 }
 
+TEST_CASE("a shorter chunk is forecast where passes may become shorter", "[forecast]") {
+  const Model model = test::load_model(
+      FATHOM_EXAMPLE_MODEL,
+      {{"threads", "1"}, {"kv.ladder", "chunk"}, {"kv.page_tokens", "16"}, {"context.max", "300"}});
+  REQUIRE(model.plan().prefill_chunk == 300);
+  Engine engine = model.engine();
+  Session session = test::new_session(model);
+  test::require_ok(session.prefill(std::vector<int32_t>(40, 7)));
+  test::require_ok(engine.set_budget(
+      0, engine.memory().devices[0].bytes_now + 3 * model.plan().devices[0].kv_page_bytes));
+  // Three pages beyond the third, which 40 tokens have begun.
+  const BudgetForecast forecast = budget(session.forecast(), "cpu");
+  INFO(forecast.text);
+  CHECK(forecast.n_tokens_end == 6 * 16);
+  REQUIRE(forecast.then.has_value());
+  CHECK(*forecast.then == LadderStep::kChunk);
+  CHECK(forecast.text.find("shorter") != std::string::npos);
+  test::require_ok(grow(session, forecast.n_tokens_end));
+  CHECK(session.events().empty());
+  test::require_ok(grow(session, forecast.n_tokens_end + 1));
+  REQUIRE(session.events().size() == 1);
+  CHECK(session.events()[0].kind == "chunk_lowered");
+  CHECK(session.events()[0].position == forecast.n_tokens_end);
+  // Until the chunk is as short as it gets; then the end is the end.
+  for (int i = 0;; ++i) {
+    REQUIRE(i < 10);
+    test::require_ok(engine.set_budget(0, engine.memory().devices[0].bytes_now));
+    const BudgetForecast next = budget(session.forecast(), "cpu");
+    INFO(next.text);
+    test::require_ok(grow(session, next.n_tokens_end));
+    if (!next.then) break;
+    CHECK(*next.then == LadderStep::kChunk);
+    test::require_ok(session.step(7));
+  }
+  CHECK(session.step(7).code() == Code::kContextFull);
+}
+
+TEST_CASE("pages to the host are forecast for a card", "[forecast]") {
+  auto machine = MachineDescription::parse(
+      R"({"devices": [{"name": "cpu", "bytes": "40G"}, {"name": "cuda:0", "bytes": "24G"}]})");
+  REQUIRE(machine.ok());
+  auto made = Engine::simulate(*machine, test::config_of({{"weights.type", "q8_0"},
+                                                          {"context.max", "16384"},
+                                                          {"kv.tiers", "device,host,file"},
+                                                          {"kv.ladder", "spill,file"}}));
+  INFO(made.status().message());
+  REQUIRE(made.ok());
+  Engine engine = *made;
+  auto plan = engine.plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2-lite.json");
+  REQUIRE(plan.ok());
+  auto model = Model::load(engine, *plan);
+  REQUIRE(model.ok());
+  int card = -1;
+  for (int d = 0; d < 2; ++d)
+    if (plan->devices[static_cast<size_t>(d)].name == "cuda:0") card = d;
+  REQUIRE(card >= 0);
+  REQUIRE(plan->devices[static_cast<size_t>(card)].n_layers > 0);
+  Session session = test::new_session(*model);
+  test::require_ok(session.prefill(std::vector<int32_t>(2000, 7)));
+  const auto at = static_cast<size_t>(card);
+  test::require_ok(engine.set_budget(
+      card, engine.memory().devices[at].bytes_now + 3 * plan->devices[at].kv_page_bytes));
+  const BudgetForecast forecast = budget(session.forecast(), "cuda:0");
+  INFO(forecast.text);
+  REQUIRE(forecast.then.has_value());
+  CHECK(*forecast.then == LadderStep::kSpill);
+  CHECK(forecast.text.find("host memory") != std::string::npos);
+  CHECK(forecast.n_tokens_end > 2000);
+  CHECK(forecast.n_tokens_end < 16384);
+  test::require_ok(grow(session, forecast.n_tokens_end));
+  CHECK(session.events().empty());
+  test::require_ok(grow(session, forecast.n_tokens_end + 1));
+  REQUIRE(session.events().size() == 1);
+  CHECK(session.events()[0].kind == "spilled");
+  CHECK(session.events()[0].position == forecast.n_tokens_end);
+}
+
 }  // namespace
 }  // namespace fathom

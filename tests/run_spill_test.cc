@@ -9,7 +9,9 @@
 
 #include <catch2/catch.hpp>
 
+#include <algorithm>
 #include <fstream>
+#include <optional>
 
 #include "lib/io/spill_file.h"
 #include "support/spill.h"
@@ -190,6 +192,19 @@ TEST_CASE("under RLIMIT_DATA at the plan and a tenth the process survives everyt
     if (!session->step(1).ok()) return 8;
     if (!session->truncate(100).ok()) return 9;
     if (!session->prefill(std::span(text).first(300)).ok()) return 10;
+    GenerateOptions options;
+    options.max_new_tokens = 20;
+    options.stop_at_eos = false;
+    if (auto result = session->generate(options); !result.ok() || result->tokens.size() != 20)
+      return 11;
+    const std::string path = folder.path() + "/kept";
+    if (!session->save(path).ok()) return 12;
+    // A second one beside it may find no room; it is told so.
+    if (auto again = Session::restore(*model, path); !again.ok())
+      if (again.status().code() != Code::kMemory) return 13;
+    { const Session gone = std::move(*session); }
+    auto again = Session::restore(*model, path);
+    if (!again.ok() || again->n_tokens() != 420 || !again->step(1).ok()) return 14;
     return 0;
   });
   CHECK(code == 0);
@@ -291,9 +306,20 @@ TEST_CASE("160 K tokens of growth move no row", "[.deep]") {
   Session session = test::new_session(model);
   const auto text = test::long_text(163840);
   std::vector<uint64_t> sums;
-  for (int64_t at = 0; at < 163840; at += 8192) {
-    test::require_ok(session.prefill(std::span(text).subspan(static_cast<size_t>(at), 8192)));
-    sums.push_back(row_sum(session, at + 17));
+  // What is held beside the cache is at every length what it was at the first.
+  std::optional<int64_t> beside;
+  const auto check_peak = [&] {
+    const MemorySnapshot memory = model.engine().memory();
+    const int64_t now = memory.devices[0].bytes_peak - memory.item(0, Purpose::kKv).bytes_peak;
+    CHECK(now == beside.value_or(now));
+    CHECK(memory.item(0, Purpose::kKv).bytes_peak == session.cache().size_bytes());
+    beside = now;
+  };
+  Engine(model.engine()).reset_peaks();
+  for (int64_t at = 0; at < 163840; at += 4096) {
+    test::require_ok(session.prefill(std::span(text).subspan(static_cast<size_t>(at), 4096)));
+    check_peak();
+    if (at % 8192 == 4096) sums.push_back(row_sum(session, at - 4096 + 17));
     for (size_t i = 0; i < sums.size(); ++i)
       CHECK(row_sum(session, static_cast<int64_t>(i) * 8192 + 17) == sums[i]);
   }

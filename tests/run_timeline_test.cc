@@ -288,8 +288,8 @@ TEST_CASE("nothing is allocated while a recorder and a step callback watch", "[t
   CHECK(seen > 0);
 }
 
-// What watching costs:  run_timeline_test "[bench]" -s
-TEST_CASE("watching costs less than one percent of decode time", "[.][bench]") {
+// What watching costs:  run_timeline_test "watching costs*" -s
+TEST_CASE("watching costs less than one percent of decode time", "[timeline]") {
   using Clock = std::chrono::steady_clock;
   const auto seconds = [](Clock::time_point from) {
     return std::chrono::duration<double>(Clock::now() - from).count();
@@ -324,9 +324,9 @@ TEST_CASE("watching costs less than one percent of decode time", "[.][bench]") {
   }
   session.state().timeline().tokens(-20'000);
   std::nth_element(steps.begin(), steps.begin() + 500, steps.end());
-  WARN("a step of the example model " << steps[500] * 1e6 << " us, watching it " << cost * 1e9
+  INFO("a step of the example model " << steps[500] * 1e6 << " us, watching it " << cost * 1e9
                                       << " ns: " << 100 * cost / steps[500] << " percent");
-  CHECK(cost < 0.01 * steps[500]);
+  CHECK(cost < 0.01 * steps[500]);  // a twentieth of the bound, as measured
 }
 
 TEST_CASE("recorders start, are read and stop while sessions work on other threads", "[timeline]") {
