@@ -128,5 +128,43 @@ TEST_CASE("planned is used, over the whole grid", "[plan-grid][slow]") {
                  {1, 3}) == 384);
 }
 
+TEST_CASE("windows of 16-bit pages and reserved room: the planned cache is the peak, to the byte",
+          "[plan-grid]") {
+  struct Case {
+    const char *recent, *first, *reserve;
+  };
+  for (const char* type : {"q8_0", "q4_0"})
+    for (const char* context : {"97", "300", "301"})
+      for (const Case& c : {Case{"48", "0", "0"}, Case{"70", "40", "0"}, Case{"0", "33", "0"},
+                            Case{"70", "40", "90"}}) {
+        INFO(type << ", " << context << " tokens, windows " << c.recent << " and " << c.first
+                  << ", reserved " << c.reserve);
+        const test::Settings settings{{"kv.type", type},
+                                      {"kv.page_tokens", "16"},
+                                      {"context.max", context},
+                                      {"kv.recent_16bit", c.recent},
+                                      {"kv.first_16bit", c.first},
+                                      {"context.reserve", c.reserve},
+                                      {"threads", "1"}};
+        const Model model = test::load_model(test::test_data("models/tiny-v2-lite"), settings);
+        const PlanDevice& planned = model.plan().devices[0];
+        Engine engine = model.engine();
+        for (const int64_t chunk : {1, 0}) {  // token by token, and in passes of the plan
+          engine.reset_peaks();
+          {
+            Session session = test::new_session(model);
+            const std::vector<int32_t> tokens(static_cast<size_t>(model.plan().max_context), 5);
+            RunOptions options;
+            options.chunk = chunk;
+            test::require_ok(session.prefill(tokens, options));
+          }
+          const int64_t peak = engine.memory().item(0, Purpose::kKv).bytes_peak;
+          INFO((chunk == 1 ? "token by token" : "in passes"));
+          if (chunk == 1) CHECK(peak == planned.planned(Purpose::kKv));
+          CHECK(peak <= planned.planned(Purpose::kKv));
+        }
+      }
+}
+
 }  // namespace
 }  // namespace fathom

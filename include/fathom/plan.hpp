@@ -115,10 +115,14 @@ struct Plan {
   Placement placement;  // what lives on which of them
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
-  // Cache bytes of one session with `n_tokens` tokens on a device: whole pages.
+  // Cache bytes of one session on a device, in whole pages: the most on the way to `n_tokens`
+  // tokens.
   int64_t kv_bytes(int device, int64_t n_tokens) const noexcept {
     const PlanDevice& d = devices[static_cast<size_t>(device)];
-    return kv_policy.bytes(n_tokens, d.kv_page_bytes, d.kv_hot_page_bytes);
+    return std::max(
+        kv_policy.bytes(kv_policy.last_page_begun(n_tokens), d.kv_page_bytes, d.kv_hot_page_bytes),
+        kv_policy.reserved_bytes(std::min(config.context_reserve, n_tokens), d.kv_page_bytes,
+                                 d.kv_hot_page_bytes));
   }
   std::string to_json() const;
   // A table for people: device, purpose, phases, GiB; then what binds and the alternatives.

@@ -52,24 +52,6 @@ inline std::optional<LadderStep> next_step(std::span<const LadderStep> ladder,
   return std::nullopt;
 }
 
-// The most tokens for which a session's pages on a device need at most `available` bytes beyond
-// what `n_tokens` tokens take there; at most max_tokens.  One more token and next_step() decides.
-// Page bytes as in PlanDevice.
-inline int64_t tokens_that_fit(const KvPolicy& policy, int64_t n_tokens, int64_t max_tokens,
-                               int64_t available, int64_t cold_page_bytes,
-                               int64_t hot_page_bytes) noexcept {
-  const auto bytes = [&](int64_t n) { return policy.bytes(n, cold_page_bytes, hot_page_bytes); };
-  int64_t low = n_tokens, high = std::max(n_tokens, max_tokens);  // low fits
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    if (bytes(middle) - bytes(n_tokens) <= available)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // Pages [first_cold_page(), movable_end) are cold and whole when `n_written` tokens are written and
 // room is made for `n_then`: only they are spilled or requantised.
 inline int64_t movable_end(const KvPolicy& policy, int64_t n_written, int64_t n_then) noexcept {
@@ -77,15 +59,17 @@ inline int64_t movable_end(const KvPolicy& policy, int64_t n_written, int64_t n_
                   std::min(policy.cold_end(n_then), n_written / policy.page_tokens));
 }
 
-// The fewest bytes that the ladder can bring a session's pages on a device to while a pass of
-// `chunk` tokens makes them n_tokens: pages that may not move, and the movable ones with
-// `movable_page_bytes` each: 0 where they can leave the device, else those of the smallest type.
+// The fewest bytes that the ladder can bring a session's pages on a device to on the way to
+// n_tokens in passes of `chunk` tokens, however they are cut: pages that may not move, and the
+// movable ones with `movable_page_bytes` each: 0 where they can leave the device, else those of the
+// smallest type.
 inline int64_t floor_bytes(const KvPolicy& policy, int64_t n_tokens, int64_t chunk,
                            int64_t movable_page_bytes, int64_t cold_page_bytes,
                            int64_t hot_page_bytes) noexcept {
-  const int64_t end = movable_end(policy, std::max<int64_t>(n_tokens - chunk, 0), n_tokens);
+  const int64_t at = policy.last_page_begun(n_tokens);
+  const int64_t end = movable_end(policy, std::max<int64_t>(at - chunk, 0), at);
   const int64_t movable = end - std::min(policy.first_cold_page(), end);
-  return policy.bytes(n_tokens, cold_page_bytes, hot_page_bytes) -
+  return policy.bytes(at, cold_page_bytes, hot_page_bytes) -
          movable * std::max<int64_t>(cold_page_bytes - movable_page_bytes, 0);
 }
 

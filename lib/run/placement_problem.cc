@@ -147,7 +147,8 @@ class Builder {
     p_.embed_bytes.push_back(stored_bytes(w.embed));
     p_.head_bytes.push_back(c_.tie_word_embeddings ? stored_bytes(w.embed) : stored_bytes(w.head));
     const int64_t kv_bytes =
-        sessions * plan.kv_policy.bytes(in_.context, kv.page_bytes(plan.kv_type, 1),
+        sessions * plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context),
+                                        kv.page_bytes(plan.kv_type, 1),
                                         kv.page_bytes(plan.kv_policy.hot_type, 1));
     for (size_t l = 0; l < w.layers.size(); ++l) {
       const nn::LayerWeights& layer = w.layers[l];
