@@ -66,7 +66,7 @@ TEST_CASE("a spill file has no name, holds what was written, and reports a full 
   using io::SpillFile;
   for (const auto naming : {SpillFile::Naming::kNameless, SpillFile::Naming::kUnlinked}) {
     test::TemporaryFolder folder("file");
-    auto file = SpillFile::create(folder.path(), naming);
+    auto file = SpillFile::create(folder.path(), false, naming);
     INFO(file.status().message());
     REQUIRE(file.ok());
     CHECK(folder.n_entries() == 0);
@@ -97,6 +97,37 @@ TEST_CASE("a spill file has no name, holds what was written, and reports a full 
   const auto missing = SpillFile::create("/nonexistent/folder");
   CHECK(missing.status().code() == Code::kNotFound);
   CHECK(missing.status().key() == "kv.spill_folder");
+}
+
+TEST_CASE("a spill folder in memory is refused, unless it is allowed", "[spill]") {
+  const std::string folder = "/dev/shm";
+  if (!io::lies_in_memory(folder)) {
+    WARN("skipped: no tmpfs at " << folder);
+    return;
+  }
+  CHECK_FALSE(io::lies_in_memory("/nonexistent/folder"));
+  CHECK_FALSE(io::lies_in_memory("/proc"));
+  const auto refused = io::SpillFile::create(folder);
+  CHECK(refused.status().code() == Code::kConfig);
+  CHECK(refused.status().key() == "kv.spill_folder");
+  CHECK(io::SpillFile::create(folder, true).ok());
+
+  test::Settings settings{{"kv.tiers", "device,file"}, {"kv.spill_folder", folder}};
+  auto engine = Engine::create();
+  REQUIRE(engine.ok());
+  const auto plan = engine->plan(kTrained, test::config_of(settings));
+  REQUIRE_FALSE(plan.ok());
+  CHECK(plan.status().code() == Code::kConfig);
+  for (const char* part : {"/dev/shm", "tmpfs", "kv.spill_tmpfs=allow"})
+    CHECK_THAT(std::string(plan.status().message()), Catch::Contains(part));
+  settings.push_back({"kv.spill_tmpfs", "allow"});
+  const auto allowed = engine->plan(kTrained, test::config_of(settings));
+  REQUIRE(allowed.ok());
+  CHECK(std::any_of(allowed->remarks.begin(), allowed->remarks.end(), [](const std::string& text) {
+    return text.find("/dev/shm lies in memory") != std::string::npos;
+  }));
+  // Without the file tier nothing is kept there.
+  CHECK(engine->plan(kTrained, test::config_of({{"kv.spill_folder", folder}})).ok());
 }
 
 TEST_CASE("what a killed process left is removed by the next one, what a living one holds is not",

@@ -57,6 +57,7 @@ constexpr std::string_view placement_goal_name(PlacementGoal goal) noexcept {
 }
 
 enum class MissingDevice : uint8_t { kRefuse, kSkip };
+enum class SpillTmpfs : uint8_t { kRefuse, kAllow };
 
 struct Config {
   // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
@@ -97,9 +98,11 @@ struct Config {
   // which attention reads what was moved.  Default: device.
   std::vector<KvTier> kv_tiers = {KvTier::kDevice};
   // kv.spill_folder: where the file tier keeps one file per session, without a name, so that it is
-  // gone with the process however that ends.  Absolute path; it should lie on a disk: a folder in
-  // memory (tmpfs) frees none.  Default: /var/tmp.
+  // gone with the process however that ends.  Absolute path on a disk.  Default: /var/tmp.
   std::string kv_spill_folder = "/var/tmp";
+  // kv.spill_tmpfs: what to do about a spill folder whose files lie in memory (tmpfs, ramfs):
+  // moving pages there would free a budget and fill the machine.  Default: refuse.
+  SpillTmpfs kv_spill_tmpfs = SpillTmpfs::kRefuse;
   // kv.ladder: what is done, in this order, when memory ends: any of chunk, spill, requantise, file;
   // after the last one the session is full (kContextFull) and intact.  Steps that do not apply are
   // passed over: spill and file without their tier, chunk with a pinned prefill.chunk.  none: a

@@ -29,6 +29,7 @@ struct KVCacheOptions {
   int64_t max_tokens = 0;                 // addresses are reserved for so many
   std::vector<KvTier> tiers = {KvTier::kDevice};
   std::string spill_folder = {};          // for the file tier
+  bool spill_to_memory = false;           // the folder may lie in memory
   // The smallest type that the session's ladder may rewrite cold pages in; none: it does not.
   std::optional<KvType> floor_type = std::nullopt;
 };

@@ -2,8 +2,10 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <linux/magic.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -65,6 +67,23 @@ int create_unlinked(const std::string& folder) {
 
 }  // namespace
 
+bool lies_in_memory(const std::string& folder) noexcept {
+  struct statfs info {};
+  if (retried([&] { return ::statfs(folder.c_str(), &info); }) != 0) return false;
+  const auto type = static_cast<uint64_t>(info.f_type);
+  return type == TMPFS_MAGIC || type == RAMFS_MAGIC || type == HUGETLBFS_MAGIC;
+}
+
+Status refuse_memory(const std::string& folder) {
+  return Status(
+             Code::kConfig,
+             fmt::format("kv.spill_folder = {}: it lies in memory (tmpfs), so that pages moved "
+                         "there would take what they are to free; name a folder on a disk, or set "
+                         "kv.spill_tmpfs=allow",
+                         folder))
+      .about("kv.spill_folder");
+}
+
 SpillFile::SpillFile(SpillFile&& other) noexcept
     : folder_(std::move(other.folder_)), fd_(std::exchange(other.fd_, -1)) {}
 
@@ -78,7 +97,8 @@ SpillFile::~SpillFile() {
   if (fd_ >= 0) ::close(fd_);
 }
 
-Result<SpillFile> SpillFile::create(const std::string& folder, Naming naming) {
+Result<SpillFile> SpillFile::create(const std::string& folder, bool allow_memory, Naming naming) {
+  if (!allow_memory && lies_in_memory(folder)) return refuse_memory(folder);
   SpillFile file;
   file.folder_ = folder;
   remove_left_overs(folder);

@@ -16,12 +16,19 @@
 
 namespace fathom::io {
 
+// Whether files of a folder take memory (tmpfs, ramfs).  False for one that is not there.  What
+// lies under an overlay cannot be told.
+bool lies_in_memory(const std::string& folder) noexcept;
+// The refusal: kConfig about kv.spill_folder.
+Status refuse_memory(const std::string& folder);
+
 class SpillFile {
  public:
   enum class Naming : uint8_t { kNameless, kUnlinked };
-  // `naming` kUnlinked takes the second way at once, for tests.  Errors: kNotFound (no such
-  // folder), kIo with errno.
-  static Result<SpillFile> create(const std::string& folder, Naming naming = Naming::kNameless);
+  // `naming` kUnlinked takes the second way at once, for tests.  Errors: kConfig (the folder lies
+  // in memory, and that is not allowed), kNotFound (no such folder), kIo with errno.
+  static Result<SpillFile> create(const std::string& folder, bool allow_memory = false,
+                                  Naming naming = Naming::kNameless);
   SpillFile() noexcept = default;  // none: no call but is_open() may be made
   SpillFile(SpillFile&& other) noexcept;
   SpillFile& operator=(SpillFile&& other) noexcept;

@@ -47,13 +47,13 @@ std::optional<Plan> Planner::try_changes(const Config& config, const Changes& ch
   Config changed = config;
   for (const auto& [key, value] : changes)
     if (!changed.set(key, value).ok()) return std::nullopt;
-  if (!changed.validate().ok()) return std::nullopt;
+  if (!changed.validate().ok() || !check_spill_folder(changed).ok()) return std::nullopt;
   Result<Plan> plan = Status(Code::kInternal, "not planned");
   if (changed.weights_type != config.weights_type) {  // other tensors
     Result<Planner> other = open(*engine_, path_, changed);
-    if (other.ok()) plan = other->plan_once(changed);
+    if (other.ok()) plan = other->plan_once(changed, Wanted::kFeasible);
   } else {
-    plan = plan_once(changed);
+    plan = plan_once(changed, Wanted::kFeasible);
   }
   if (!plan.ok() || !plan->feasible) return std::nullopt;
   return std::move(plan).value();

@@ -34,6 +34,7 @@ constexpr std::array<std::string_view, kKvTypeCount> kKvTypes = [] {
 // In the order of the enumerators.
 constexpr std::string_view kWeightsTypes[] = {"bf16", "f16", "fp8", "q8_0", "q4_k"};
 constexpr std::string_view kMissingDevices[] = {"refuse", "skip"};
+constexpr std::string_view kSpillTmpfs[] = {"refuse", "allow"};
 constexpr std::string_view kTiers[] = {"device", "host", "file"};
 constexpr std::string_view kLadderSteps[] = {"chunk", "spill", "requantise", "file"};
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
@@ -308,9 +309,16 @@ constexpr Setting kSettings[] = {
     row<&Config::kv_spill_folder>(
         {.key = "kv.spill_folder",
          .unit = kFolder,
-         .memory = "a folder in memory (tmpfs) would free none",
+         .memory = "none, if it is on a disk",
          .text = "Where the file tier keeps one nameless file per session, gone with the process "
                  "however it ends."}),
+    row<&Config::kv_spill_tmpfs>(
+        {.key = "kv.spill_tmpfs",
+         .choices = kSpillTmpfs,
+         .memory = "allow: spilled pages in such a folder take the machine's memory, outside every "
+                   "budget",
+         .text = "What to do about a kv.spill_folder whose files lie in memory (tmpfs, ramfs): "
+                 "refuse, or allow with a remark."}),
     row<&Config::kv_ladder>(
         {.key = "kv.ladder",
          .choices = kLadderSteps,
@@ -340,7 +348,8 @@ constexpr Setting kSettings[] = {
         {.key = "placement.layers",
          .unit = kPins,
          .memory = "attention weights, cache pages and scratch of the layers move to the device",
-         .text = "Pins layers to devices, such as cuda:0=0-29,cuda:1=*; auto: the plan places them."}),
+         .text =
+             "Pins layers to devices, such as cuda:0=0-29,cuda:1=*; auto: the plan places them."}),
     row<&Config::placement_experts>(
         {.key = "placement.experts",
          .unit = kPins,

@@ -364,7 +364,7 @@ LadderGains KvPages::gains(int device, int64_t n_then) const noexcept {
 
 Status KvPages::open_file() {
   if (file_.is_open() || engine_->simulation) return {};
-  FATHOM_TRY_ASSIGN(file_, io::SpillFile::create(options_.spill_folder));
+  FATHOM_TRY_ASSIGN(file_, io::SpillFile::create(options_.spill_folder, options_.spill_to_memory));
   return {};
 }
 

@@ -543,4 +543,20 @@ Placement solve_placement(const SolverProblem& p) {
   return descent.placement(best);
 }
 
+int64_t least_bytes_over(const SolverProblem& p) {
+  const auto least = [](const std::vector<int64_t>& by_device) {
+    return *std::min_element(by_device.begin(), by_device.end());
+  };
+  int64_t over = 0, room = 0, host_room = 0;
+  for (size_t d = 0; d < p.budget.size(); ++d) {
+    over += std::max<int64_t>(-p.budget[d], 0);
+    (p.is_host[d] ? host_room : room) += std::max<int64_t>(p.budget[d], 0);
+  }
+  room += std::clamp<int64_t>(p.host_budget, 0, host_room);
+  int64_t parts = least(p.head_bytes) + (p.tied_embedding ? 0 : least(p.embed_bytes));
+  for (size_t l = 0; l < p.own_bytes.size(); ++l)
+    parts += least(p.own_bytes[l]) + p.n_experts * least(p.expert_bytes[l]);
+  return over + std::max<int64_t>(parts - room, 0);
+}
+
 }  // namespace fathom::run

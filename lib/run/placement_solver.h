@@ -65,6 +65,9 @@ struct PlacementCost {
 };
 
 PlacementCost cost_of(const SolverProblem& problem, const Placement& placement);
+// Bytes that no placement can find room for: what the parts take beyond all budgets together, or
+// what a device holds in any case beyond its own.  0: there may be one that fits.
+int64_t least_bytes_over(const SolverProblem& problem);
 Placement solve_placement(const SolverProblem& problem);
 
 }  // namespace fathom::run

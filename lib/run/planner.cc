@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../io/spill_file.h"
 #include "../io/tensor_listing.h"
 #include "../nn/forward.h"
 #include "../nn/transfer.h"
@@ -162,12 +163,21 @@ Result<Plan> Planner::plan(const Config& config) {
                                 asked, has))
           .about(key);
   }
+  FATHOM_TRY(check_spill_folder(config));
   FATHOM_TRY_ASSIGN(Plan plan, plan_once(config));
   if (!plan.feasible) add_alternatives(plan);
   return plan;
 }
 
-Result<Plan> Planner::plan_once(const Config& config) const {
+// Of this machine's folders; those of a described one cannot be asked.
+Status Planner::check_spill_folder(const Config& config) const {
+  if (engine_->simulation || config.kv_tiers.back() != KvTier::kFile ||
+      config.kv_spill_tmpfs == SpillTmpfs::kAllow || !io::lies_in_memory(config.kv_spill_folder))
+    return {};
+  return io::refuse_memory(config.kv_spill_folder);
+}
+
+Result<Plan> Planner::plan_once(const Config& config, Wanted wanted) const {
   Plan plan;
   plan.model_path = path_;
   plan.fingerprint_lo = file_->fingerprint().lo;
@@ -175,6 +185,12 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   plan.model = file_->config();
   plan.config = config;
   plan.remarks = plan.model.remarks;
+  if (!engine_->simulation && config.kv_tiers.back() == KvTier::kFile &&
+      io::lies_in_memory(config.kv_spill_folder))
+    plan.remarks.push_back(
+        fmt::format("kv.spill_folder: {} lies in memory: pages that are moved there take the "
+                    "machine's memory, outside the budgets",
+                    config.kv_spill_folder));
   if (!tokenizer_remark_.empty()) plan.remarks.push_back(tokenizer_remark_);
 
   const ModelConfig& c = plan.model;
@@ -197,7 +213,7 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   plan.kv_bytes_per_token = c.num_hidden_layers * (layout.latent_row_bytes(plan.kv_type) +
                                                    layout.rope_row_bytes(plan.kv_type));
 
-  FATHOM_TRY(place(config, plan));
+  FATHOM_TRY(place(config, wanted, plan));
   FATHOM_TRY_ASSIGN(nn::WeightMap map,
                     nn::WeightMap::create(*file_, plan.placement, engine_->devices));
   plan.remarks.insert(plan.remarks.end(), map.remarks.begin(), map.remarks.end());
@@ -226,7 +242,7 @@ Result<Plan> Planner::plan_once(const Config& config) const {
   return plan;
 }
 
-Status Planner::place(const Config& config, Plan& plan) const {
+Status Planner::place(const Config& config, Wanted wanted, Plan& plan) const {
   for (int d = 0; d < static_cast<int>(engine_->devices.size()); ++d) {
     PlanDevice device;
     const Backend& backend = *engine_->devices[static_cast<size_t>(d)];
@@ -240,7 +256,7 @@ Status Planner::place(const Config& config, Plan& plan) const {
   std::vector<std::string> names;
   for (const PlanDevice& device : plan.devices) names.push_back(device.name);
   FATHOM_TRY_ASSIGN(const PlacementPins pins, read_pins(config, plan.model, names));
-  FATHOM_TRY(place_model(config, pins, plan));
+  FATHOM_TRY(place_model(config, pins, wanted, plan));
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
     PlanDevice& device = plan.devices[static_cast<size_t>(d)];
     device.n_layers = plan.placement.layers_on(d);
@@ -256,7 +272,8 @@ Status Planner::place(const Config& config, Plan& plan) const {
 
 // One device holds all; for several the solver decides, with room for the chunk and context that
 // choose_chunk_and_context() will begin with, or for less where that finds no place.
-Status Planner::place_model(const Config& config, const PlacementPins& pins, Plan& plan) const {
+Status Planner::place_model(const Config& config, const PlacementPins& pins, Wanted wanted,
+                            Plan& plan) const {
   const ModelConfig& c = plan.model;
   if (plan.devices.size() == 1) {
     plan.placement =
@@ -270,23 +287,56 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Pla
     inputs.available.push_back(budget(plan, static_cast<int>(d)));
   inputs.host_available = host_limit(plan);
   inputs.tokenizer_bytes = tokenizer_bytes_;
-  inputs.chunk = config.prefill_chunk.value_or(default_chunk(config, limit));
-  inputs.context = config.context_max.value_or(std::min(limit, kHopedContext));
-  for (;;) {
-    FATHOM_TRY_ASSIGN(const SolverProblem problem, placement_problem(inputs));
-    plan.placement = solve_placement(problem);
-    const bool fits = cost_of(problem, plan.placement).bytes_over == 0;
-    const bool last = inputs.chunk == 1 || config.prefill_chunk;
-    if (fits || last) {
-      for (std::string& line : explain_placement(problem, plan))
-        plan.remarks.push_back(std::move(line));
-      return {};
-    }
-    inputs.chunk = std::max<int64_t>(1, inputs.chunk / 8);
-    if (!config.context_max)
-      inputs.context =
-          std::min(inputs.context, std::max<int64_t>(inputs.context / 8, plan.kv_page_tokens));
+
+  // Rooms to ask for: what is wanted, and for where that does not fit the least, then from large to
+  // small what lies between.
+  struct Room {
+    int64_t chunk, context;
+  };
+  const int64_t hoped = config.context_max.value_or(std::min(limit, kHopedContext));
+  std::vector<Room> rooms{{config.prefill_chunk.value_or(default_chunk(config, limit)), hoped}};
+  while (!config.prefill_chunk && rooms.back().chunk > 1)
+    rooms.push_back({std::max<int64_t>(1, rooms.back().chunk / 8),
+                     config.context_max
+                         ? hoped
+                         : std::min(rooms.back().context,
+                                    std::max(rooms.back().context / 8, plan.kv_page_tokens))});
+  if (rooms.size() > 2) std::rotate(rooms.begin() + 1, rooms.end() - 1, rooms.end());
+
+  const auto problem_of = [&](const Room& room) {
+    inputs.chunk = room.chunk;
+    inputs.context = room.context;
+    return placement_problem(inputs);
+  };
+  const Room& least = rooms.size() > 1 ? rooms[1] : rooms[0];
+  if (wanted == Wanted::kFeasible) {
+    FATHOM_TRY_ASSIGN(const SolverProblem problem, problem_of(least));
+    if (const int64_t over = least_bytes_over(problem); over > 0)
+      return Status(Code::kBudget, fmt::format("no placement fits: {} bytes too many", over));
   }
+  FATHOM_TRY_ASSIGN(SolverProblem problem, problem_of(rooms[0]));
+  plan.placement = solve_placement(problem);
+  const auto fits = [&] { return cost_of(problem, plan.placement).bytes_over == 0; };
+  // Takes the placement for another room where there is one.
+  const auto settle_for = [&](const Room& room) -> Result<bool> {
+    FATHOM_TRY_ASSIGN(SolverProblem other, problem_of(room));
+    if (least_bytes_over(other) > 0) return false;
+    Placement placement = solve_placement(other);
+    if (cost_of(other, placement).bytes_over > 0) return false;
+    plan.placement = std::move(placement);
+    problem = std::move(other);
+    return true;
+  };
+  if (!fits() && rooms.size() > 1) {
+    FATHOM_TRY_ASSIGN(bool found, settle_for(least));
+    for (size_t i = 2; i < rooms.size() && fits(); ++i) {
+      FATHOM_TRY_ASSIGN(found, settle_for(rooms[i]));
+      if (found) break;
+    }
+  }
+  for (std::string& line : explain_placement(problem, plan))
+    plan.remarks.push_back(std::move(line));
+  return {};
 }
 
 // What this plan may take of a device: its budget without what others on the engine hold.
@@ -445,6 +495,11 @@ int64_t Planner::choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limi
     context = longest_context(plan, limit);
     if (context >= wanted || config.prefill_chunk || chunk <= shortest) break;
     chunk = std::max<int64_t>(1, chunk / 2);
+  }
+  // Where not a token fits it is not the chunk's fault.
+  if (context == 0 && chunk < most && !config.prefill_chunk) {
+    set_scratch(plan, map, most);
+    return 0;
   }
   if (config.prefill_chunk || context >= wanted || config.context_max) return context;
   // Even the smallest chunk leaves less than was hoped for: take the largest chunk that keeps

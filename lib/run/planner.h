@@ -60,9 +60,13 @@ class Planner {
 
  private:
   Planner() = default;
-  Result<Plan> plan_once(const Config& config) const;
-  Status place(const Config& config, Plan& plan) const;
-  Status place_model(const Config& config, const PlacementPins& pins, Plan& plan) const;
+  Status check_spill_folder(const Config& config) const;
+  // For an alternative only a plan that fits is of use: one that cannot is kBudget at once.
+  enum class Wanted : bool { kAny, kFeasible };
+  Result<Plan> plan_once(const Config& config, Wanted wanted = Wanted::kAny) const;
+  Status place(const Config& config, Wanted wanted, Plan& plan) const;
+  Status place_model(const Config& config, const PlacementPins& pins, Wanted wanted,
+                     Plan& plan) const;
   void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;
   // The longest context, at most `limit`, with a chunk that leaves room for it.
   int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,

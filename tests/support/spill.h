@@ -12,11 +12,11 @@
 
 namespace fathom::test {
 
-// A folder of its own, removed at the end of the test.
+// A folder of its own on a disk, which /tmp often is not; removed at the end of the test.
 class TemporaryFolder {
  public:
   explicit TemporaryFolder(const std::string& name)
-      : path_(std::filesystem::temp_directory_path() /
+      : path_(std::filesystem::path("/var/tmp") /
               ("fathom_" + std::to_string(getpid()) + "_" + name)) {
     std::filesystem::create_directories(path_);
   }
