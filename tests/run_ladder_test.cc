@@ -213,6 +213,29 @@ TEST_CASE("the chunk is lowered while the text is read, and what was read counts
   CHECK(test::cosine(roomy.logits(), session.logits()) > 0.999);
   CHECK(test::argmax(roomy.logits()) == test::argmax(session.logits()));
 
+  // Memory is there again: the next prompt is read in the passes of the plan.
+  const std::vector<float> before(session.logits().begin(), session.logits().end());
+  test::require_ok(Engine(model.engine()).set_budget(0, int64_t{1} << 40));
+  test::require_ok(session.step(5));
+  CHECK(count_events(session, "chunk_raised") == 0);  // a step wants no passes
+  test::require_ok(session.truncate(3000));
+  test::require_ok(session.prefill(std::span(tokens).first(700)));
+  CHECK(count_events(session, "chunk_raised") == 1);
+  const MemorySnapshot again = model.engine().memory();
+  CHECK(again.item(0, Purpose::kActivations).bytes_now +
+            again.item(0, Purpose::kWorkspace).bytes_now ==
+        scratch);
+  test::require_ok(session.truncate(2999));
+  test::require_ok(session.step(tokens[2999]));
+  CHECK(test::cosine(before, session.logits()) > 0.999);
+  // Not so far that the prompt's own pages would lower it again.
+  leave(model, model.plan().devices[0].kv_page_bytes * 2);
+  test::require_ok(session.prefill(std::span(tokens).first(600)));
+  CHECK(count_events(session, "chunk_lowered") == 2);
+  leave(model, model.plan().devices[0].kv_page_bytes * 30 + scratch / 8);
+  test::require_ok(session.prefill(std::span(tokens).first(1000)));
+  CHECK(count_events(session, "chunk_lowered") == 2);
+
   // A session that begins when memory is short takes a shorter chunk at once.
   Engine engine = model.engine();
   test::require_ok(session.truncate(0));
@@ -429,8 +452,15 @@ TEST_CASE("a plan that fits by the ladder says so, and the run stays below it", 
   Session session = test::new_session(*model);
   test::require_ok(session.prefill(long_text(4094)));
   test::require_ok(session.step(1));
-  CHECK(model->engine().memory().devices[0].bytes_peak <= plan.devices[0].peak_bytes());
+  const MemorySnapshot memory = model->engine().memory();
+  CHECK(memory.devices[0].bytes_peak <= plan.devices[0].peak_bytes());
+  for (int p = 0; p < kPurposeCount; ++p) {
+    INFO(purpose_name(static_cast<Purpose>(p)));
+    CHECK(memory.item(0, static_cast<Purpose>(p)).bytes_peak <=
+          plan.devices[0].planned(static_cast<Purpose>(p)));
+  }
   CHECK(session.cache().bytes_in(KvTier::kFile) > 0);
+  CHECK(count_events(session, "chunk_lowered") == 0);  // the plan chose it for this budget
 }
 
 TEST_CASE("decisions of the ladder, by hand", "[ladder]") {

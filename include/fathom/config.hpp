@@ -37,7 +37,8 @@ constexpr std::string_view kv_tier_name(KvTier tier) noexcept {
 }
 
 // What a session may do when a page or a pass does not fit its budget.
-//   kChunk       prefill in shorter passes, which frees scratch; the text takes longer to read
+//   kChunk       prefill in shorter passes, which frees scratch for the cache that was planned; the
+//                text takes longer to read
 //   kSpill       cold pages to host memory; same bits
 //   kRequantise  cold pages into a smaller type, down to kv.ladder_type; costs quality
 //   kFile        cold pages to the session's spill file; same bits, every later token reads them

@@ -61,8 +61,9 @@ struct MemorySnapshot {
 
 // Something the library decided at run time that a user should be able to see.
 struct Event {
-  // "chunk_lowered", "spilled" (to host memory), "requantised", "spilled_to_file"; stable names.
-  // Steps of a kind in a row are one event that grows.
+  // "chunk_lowered", "spilled" (to host memory), "requantised", "spilled_to_file"; "chunk_raised"
+  // and "returned" (pages) when memory is there again.  Stable names.  Steps of a kind in a row are
+  // one event that grows.
   std::string kind;
   std::string text;       // for people
   int64_t position = 0;   // tokens in the session when it happened

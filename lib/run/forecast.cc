@@ -73,7 +73,7 @@ LadderGains gains_at(const SessionState& s, int device, int64_t n_tokens) {
   };
   EngineState& engine = *s.model.engine().state();
   LadderGains gains;
-  gains[LadderStep::kChunk] = s.chunk_gain(device);
+  gains[LadderStep::kChunk] = s.chunk_gain(device, n_tokens + 1);
   if (pages.has_host_tier(device))
     gains[LadderStep::kSpill] = std::min(resident, engine.ledger.available(engine.host_device));
   if (tier(KvTier::kFile)) gains[LadderStep::kFile] = resident;

@@ -124,6 +124,13 @@ int64_t KvPages::pages_in(int device, KvTier tier) const noexcept {
   return 0;
 }
 
+int64_t KvPages::held_bytes(int device) const noexcept {
+  int64_t bytes = devices_[static_cast<size_t>(device)].pages.size_bytes();
+  if (device == engine_->host_device)
+    for (const Device& d : devices_) bytes += d.host_pages.size_bytes();
+  return bytes;
+}
+
 int64_t KvPages::bytes_in(KvTier tier) const noexcept {
   int64_t bytes = 0;
   for (const Device& d : devices_) {

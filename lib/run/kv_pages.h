@@ -70,6 +70,8 @@ class KvPages {
   // Bytes of pages in a tier, all devices.
   int64_t bytes_in(KvTier tier) const noexcept;
   int64_t pages_in(int device, KvTier tier) const noexcept;
+  // Bytes held on a device: its own pages, and on the host also those of the host tier.
+  int64_t held_bytes(int device) const noexcept;
   KvType type_of(int64_t page) const noexcept { return devices_.front().table[page].type; }
 
   // ---- for the ladder; n_then as in movable_end() ----

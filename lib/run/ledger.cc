@@ -75,6 +75,11 @@ int64_t Ledger::available(int device) const noexcept {
   return available_locked(accounts_[static_cast<size_t>(device)]);
 }
 
+int64_t Ledger::host_available() const noexcept {
+  std::lock_guard lock(mutex_);
+  return std::max<int64_t>(host_budget_ - host_now_, 0);
+}
+
 int64_t Ledger::budget(int device) const noexcept {
   std::lock_guard lock(mutex_);
   return accounts_[static_cast<size_t>(device)].device.budget_bytes;

@@ -45,6 +45,7 @@ class Ledger {
 
   // What could still be acquired on a device, its own budget and the host's considered.
   int64_t available(int device) const noexcept;
+  int64_t host_available() const noexcept;  // over all host devices
   int64_t budget(int device) const noexcept;
   bool is_host(int device) const noexcept {
     return accounts_[static_cast<size_t>(device)].device.is_host;

@@ -50,6 +50,14 @@ void MemoryRange::decommit(int64_t offset, int64_t bytes) noexcept {
   committed_ -= bytes;
 }
 
+Status MemoryRange::resize(int64_t bytes) {
+  if (base_ == nullptr) return {};
+  const int64_t wanted = committed_bytes(bytes, backend_->granularity());
+  if (wanted > committed_) return commit(committed_, wanted - committed_);
+  decommit(wanted, committed_ - wanted);
+  return {};
+}
+
 void MemoryRange::swap(MemoryRange& other) noexcept {
   std::swap(backend_, other.backend_);
   std::swap(ledger_, other.ledger_);

@@ -39,6 +39,9 @@ class MemoryRange {
   // wholly committed (decommit).  Errors of commit: kBudget, kCallback, kMemory; nothing changed.
   Status commit(int64_t offset, int64_t bytes);
   void decommit(int64_t offset, int64_t bytes) noexcept;
+  // Of a range that is committed from its beginning on: room for `bytes` and no more.  Errors: as
+  // commit; giving back does not fail.
+  Status resize(int64_t bytes);
 
   std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }
   int64_t reserved_bytes() const noexcept { return reserved_; }

@@ -172,6 +172,7 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
 
     FATHOM_TRY(control.check(ProgressPhase::kPrefill, 0, total));
     s.timeline().begin(TimelinePhase::kPrefill);
+    s.raise_chunk(s.n_tokens + total);
     // Where the whole prompt finds room: else chunk by chunk, as far as there is room.
     const int64_t capacity = s.cache.capacity_tokens();
     const int64_t chunk = std::min(longest, s.chunk);

@@ -14,6 +14,12 @@ namespace {
 // Shorter passes than these save little: from here on scratch is what one token needs.
 constexpr int64_t kShortestChunk = nn::kAbsorbedRows;
 
+int64_t committed_scratch(const SessionScratch& bytes, int64_t granularity) noexcept {
+  return committed_bytes(bytes.activations_bytes, granularity) +
+         committed_bytes(bytes.workspace_bytes, granularity) +
+         committed_bytes(bytes.staging_bytes, granularity);
+}
+
 // Refusals that free memory cures.
 bool is_of_memory(const Status& status) noexcept {
   return status.device() >= 0 &&
@@ -41,18 +47,38 @@ SessionScratch SessionState::scratch_bytes(int device, int64_t n) const {
   return session_scratch(*model.engine().state(), device, model.plan(), *model.state()->weights, n);
 }
 
+std::vector<SessionScratch> SessionState::all_scratch(int64_t n) const {
+  std::vector<SessionScratch> all;
+  for (int d = 0; d < static_cast<int>(model.plan().devices.size()); ++d)
+    all.push_back(scratch_bytes(d, n));
+  return all;
+}
+
+// Addresses are for the plan's chunk, memory is for n tokens, so that a chunk can be lowered and
+// come back where it is.
 Status SessionState::try_scratch(int64_t n) {
   EngineState& engine = *model.engine().state();
+  const std::vector<SessionScratch> most = all_scratch(model.plan().prefill_chunk);
+  const std::vector<SessionScratch> wanted =
+      n == model.plan().prefill_chunk ? most : all_scratch(n);
+  const auto take = [&](int d, Purpose purpose, int64_t addresses,
+                        int64_t bytes) -> Result<MemoryRange> {
+    FATHOM_TRY_ASSIGN(MemoryRange range, engine.reserve(d, purpose, std::max(addresses, bytes)));
+    FATHOM_TRY(range.resize(bytes));
+    return range;
+  };
   std::vector<MemoryRange> ranges;
   MemoryRange copies;
-  for (int d = 0; d < static_cast<int>(model.plan().devices.size()); ++d) {
-    const SessionScratch bytes = scratch_bytes(d, n);
-    FATHOM_TRY_ASSIGN(auto activations,
-                      engine.allocate(d, Purpose::kActivations, bytes.activations_bytes));
+  for (int d = 0; d < static_cast<int>(wanted.size()); ++d) {
+    const SessionScratch &bytes = wanted[static_cast<size_t>(d)],
+                         &planned = most[static_cast<size_t>(d)];
+    FATHOM_TRY_ASSIGN(auto activations, take(d, Purpose::kActivations, planned.activations_bytes,
+                                             bytes.activations_bytes));
     FATHOM_TRY_ASSIGN(auto workspace,
-                      engine.allocate(d, Purpose::kWorkspace, bytes.workspace_bytes));
+                      take(d, Purpose::kWorkspace, planned.workspace_bytes, bytes.workspace_bytes));
     if (d == engine.host_device) {
-      FATHOM_TRY_ASSIGN(copies, engine.allocate(d, Purpose::kStaging, bytes.staging_bytes));
+      FATHOM_TRY_ASSIGN(copies,
+                        take(d, Purpose::kStaging, planned.staging_bytes, bytes.staging_bytes));
     }
     ranges.push_back(std::move(activations));
     ranges.push_back(std::move(workspace));
@@ -121,40 +147,82 @@ int64_t SessionState::shorter_chunk() const noexcept {
   return std::min(chunk, std::max(chunk / 2, kShortestChunk));
 }
 
-int64_t SessionState::chunk_gain(int device) const {
-  const int64_t shorter = shorter_chunk();
-  if (shorter == chunk) return 0;
-  const auto stage = static_cast<size_t>(device);
-  const int64_t granularity = stages[stage].device->granularity();
-  const SessionScratch bytes = scratch_bytes(device, shorter);
-  const bool host = device == model.engine().state()->host_device;
-  return scratch[2 * stage].size_bytes() + scratch[2 * stage + 1].size_bytes() +
-         (host ? staging.size_bytes() : 0) - committed_bytes(bytes.activations_bytes, granularity) -
-         committed_bytes(bytes.workspace_bytes, granularity) -
-         committed_bytes(bytes.staging_bytes, granularity);
+int64_t SessionState::owed_bytes(int device, int64_t n_then) const noexcept {
+  const Plan& plan = model.plan();
+  const KvPages& pages = cache.pages();
+  return plan.devices[static_cast<size_t>(device)].planned(Purpose::kKv) /
+             plan.config.sessions_max -
+         pages.held_bytes(device) - pages.growth_bytes(device, n_then);
 }
 
-void SessionState::lower_chunk() {
+int64_t SessionState::scratch_now(int device) const noexcept {
+  const auto stage = static_cast<size_t>(device);
+  return scratch[2 * stage].size_bytes() + scratch[2 * stage + 1].size_bytes() +
+         (device == model.engine().state()->host_device ? staging.size_bytes() : 0);
+}
+
+int64_t SessionState::chunk_gain(int device, int64_t n_then) const {
   const int64_t shorter = shorter_chunk();
-  // All that may fail comes before anything changes.
-  std::vector<SessionScratch> bytes;
-  for (size_t i = 0; i < stages.size(); ++i)
-    bytes.push_back(scratch_bytes(static_cast<int>(i), shorter));
-  for (size_t i = 0; i < stages.size(); ++i) {
-    const auto shrink = [&](MemoryRange& range, int64_t wanted) {
-      const int64_t keep = committed_bytes(wanted, stages[i].device->granularity());
-      if (keep < range.size_bytes()) range.decommit(keep, range.size_bytes() - keep);
-    };
-    shrink(scratch[2 * i], bytes[i].activations_bytes);
-    shrink(scratch[2 * i + 1], bytes[i].workspace_bytes);
-    if (static_cast<int>(i) == model.engine().state()->host_device)
-      shrink(staging, bytes[i].staging_bytes);
+  if (shorter == chunk || owed_bytes(device, n_then) < 0) return 0;
+  const int64_t granularity = stages[static_cast<size_t>(device)].device->granularity();
+  return scratch_now(device) - committed_scratch(scratch_bytes(device, shorter), granularity);
+}
+
+bool SessionState::has_room(const std::vector<SessionScratch>& wanted, int64_t n_then) const {
+  const Ledger& ledger = model.engine().state()->ledger;
+  int64_t on_host = 0;
+  for (int d = 0; d < static_cast<int>(wanted.size()); ++d) {
+    // The cache may still grow to what was planned for it, or by what this prompt needs.
+    const int64_t growth = cache.pages().growth_bytes(d, n_then);
+    const int64_t more = committed_scratch(wanted[static_cast<size_t>(d)],
+                                           stages[static_cast<size_t>(d)].device->granularity()) -
+                         scratch_now(d) +
+                         std::clamp<int64_t>(growth + owed_bytes(d, n_then), 0, growth);
+    if (more > ledger.available(d)) return false;
+    if (ledger.is_host(d)) on_host += more;
   }
-  carve_scratch(shorter);
+  return on_host <= ledger.host_available();
+}
+
+Status SessionState::resize_scratch(const std::vector<SessionScratch>& bytes) {
+  const auto host = static_cast<size_t>(model.engine().state()->host_device);
+  std::vector<std::pair<MemoryRange*, int64_t>> before;
+  const auto resize = [&](MemoryRange& range, int64_t wanted) {
+    before.emplace_back(&range, range.size_bytes());
+    return range.resize(wanted);
+  };
+  before.reserve(2 * bytes.size() + 1);
+  Status status;
+  for (size_t i = 0; i < bytes.size() && status.ok(); ++i) {
+    status = resize(scratch[2 * i], bytes[i].activations_bytes);
+    if (status.ok()) status = resize(scratch[2 * i + 1], bytes[i].workspace_bytes);
+    if (status.ok() && i == host) status = resize(staging, bytes[i].staging_bytes);
+  }
+  // Growth that was made before another was refused is given back; that does not fail.
+  if (!status.ok())
+    for (const auto& [range, size] : before) (void)range->resize(size);
+  return status;
+}
+
+void SessionState::raise_chunk(int64_t n_then) {
+  const int64_t planned = model.plan().prefill_chunk, before = chunk;
+  for (int64_t n = planned; n > before; n /= 2) {
+    const std::vector<SessionScratch> wanted = all_scratch(n);
+    if (!has_room(wanted, n_then)) continue;
+    int64_t bytes = 0;
+    for (int d = 0; d < static_cast<int>(wanted.size()); ++d) bytes -= scratch_now(d);
+    if (!resize_scratch(wanted).ok()) continue;
+    for (int d = 0; d < static_cast<int>(wanted.size()); ++d) bytes += scratch_now(d);
+    carve_scratch(n);
+    tell("chunk_raised", bytes,
+         fmt::format("memory is there again: prefill in passes of {} tokens instead of {}", n,
+                     before));
+    return;
+  }
 }
 
 void SessionState::tell_chunk(int64_t before, int64_t freed) {
-  tell(LadderStep::kChunk, freed,
+  tell(event_kind(LadderStep::kChunk), freed,
        fmt::format(
            "prefill in passes of {} tokens instead of {}; a long prompt reads the weights {} "
            "times as often",
@@ -164,13 +232,12 @@ void SessionState::tell_chunk(int64_t before, int64_t freed) {
 LadderGains SessionState::ladder_gains(int device, int64_t n_then) const {
   LadderGains gains = cache.pages().gains(device, n_then);
   if (ladder_has(model.plan().config, LadderStep::kChunk))
-    gains[LadderStep::kChunk] = chunk_gain(device);
+    gains[LadderStep::kChunk] = chunk_gain(device, n_then);
   return gains;
 }
 
-// A run of the same step is one event, which grows.
-void SessionState::tell(LadderStep step, int64_t bytes, std::string text) {
-  const char* kind = event_kind(step);
+// A run of the same kind is one event, which grows.
+void SessionState::tell(const char* kind, int64_t bytes, std::string text) {
   timeline().mark(kind, text, n_tokens, bytes);
   if (!events.empty() && events.back().kind == kind) {
     events.back().bytes += bytes;
@@ -189,9 +256,10 @@ Status SessionState::take_step(LadderStep step, int device, int64_t n_then, int6
   Status status;
   switch (step) {
     case LadderStep::kChunk: {
-      const int64_t before = chunk, freed = chunk_gain(device);
-      lower_chunk();
-      tell_chunk(before, freed);
+      const int64_t before = chunk, held = scratch_now(device), shorter = shorter_chunk();
+      FATHOM_TRY(resize_scratch(all_scratch(shorter)));  // gives back only
+      carve_scratch(shorter);
+      tell_chunk(before, held - scratch_now(device));
       return {};
     }
     case LadderStep::kSpill:
@@ -207,12 +275,12 @@ Status SessionState::take_step(LadderStep step, int device, int64_t n_then, int6
   if (moved.pages == 0) return status;
   if (step == LadderStep::kRequantise)
     tell(
-        step, moved.freed,
+        event_kind(step), moved.freed,
         fmt::format("cold pages rewritten up to token {}, the last {} in {}; no slower, less exact",
                     n_tokens, moved.pages, kv_type_name(moved.type)));
   else
     tell(
-        step, moved.freed,
+        event_kind(step), moved.freed,
         step == LadderStep::kSpill
             ? fmt::format("{} cold tokens are in host memory; every pass moves {} bytes to {}",
                           pages.pages_in(device, KvTier::kHost) * page_tokens,
@@ -291,7 +359,7 @@ Status SessionState::ended(Status refused, int64_t n_then, const Status& trouble
   const auto climbs = [&](LadderStep step) { return ladder_has(config, step); };
   std::vector<std::string> remedies;
   const int64_t movable = pages.movable_bytes(device, n_then);
-  if (const int64_t gain = climbs(LadderStep::kChunk) ? 0 : chunk_gain(device); gain > 0)
+  if (const int64_t gain = climbs(LadderStep::kChunk) ? 0 : chunk_gain(device, n_then); gain > 0)
     remedies.push_back(fmt::format("kv.ladder with chunk frees {} bytes of scratch", gain));
   else if (!climbs(LadderStep::kFile) && gains[LadderStep::kFile] > 0)
     remedies.push_back(

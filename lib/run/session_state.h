@@ -57,7 +57,12 @@ class SessionState final : public nn::RowSourceOf {
   Status restore_room(int64_t n_room, int64_t n_then);
   // What each step of the ladder could free on a device towards n_then tokens.
   LadderGains ladder_gains(int device, int64_t n_then) const;
-  int64_t chunk_gain(int device) const;  // of the next shorter chunk
+  // Bytes that the next shorter chunk frees.  0 where the cache, with n_then tokens, takes more
+  // than was planned for it: room beyond the plan is made by the other steps.
+  int64_t chunk_gain(int device, int64_t n_then) const;
+  // A chunk that was lowered comes back, before a prompt that makes n_then tokens, as far as there
+  // is room for it beside the cache that was planned.
+  void raise_chunk(int64_t n_then);
 
   // Calls on_step; its answer.
   bool report(const StepFunction& on_step, Phase phase, int64_t n_new, double seconds);
@@ -95,10 +100,17 @@ class SessionState final : public nn::RowSourceOf {
   Status try_scratch(int64_t n);
   void carve_scratch(int64_t n);
   int64_t shorter_chunk() const noexcept;
-  void lower_chunk();
+  // What the plan left for the cache on a device and n_then tokens do not take yet; negative where
+  // they take more.
+  int64_t owed_bytes(int device, int64_t n_then) const noexcept;
+  int64_t scratch_now(int device) const noexcept;
+  bool has_room(const std::vector<SessionScratch>& scratch, int64_t n_then) const;
+  // All devices' scratch; as before when the system refuses.
+  Status resize_scratch(const std::vector<SessionScratch>& bytes);
+  std::vector<SessionScratch> all_scratch(int64_t n) const;
   void tell_chunk(int64_t before, int64_t freed);
   int64_t kv_bytes_of(KvType type) const noexcept;  // per token, all layers
-  void tell(LadderStep step, int64_t bytes, std::string text);
+  void tell(const char* kind, int64_t bytes, std::string text);
   Status take_step(LadderStep step, int device, int64_t n_then, int64_t bytes);
   // Climbs one step that frees memory on the device that refused; false at the end of the ladder.
   // A step that failed is passed over and told in `trouble`.  Errors: kDevice.
