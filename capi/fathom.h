@@ -255,6 +255,24 @@ FATHOM_API int32_t FATHOM_CALL fathom_engine_create(const fathom_config *cfg,
                                                     const fathom_host *host, fathom_engine **out,
                                                     fathom_error *err);
 
+/* Makes simulated devices instead: the bytes and speeds that machine_json tells of ({"devices":
+ * [{"name": "cpu", "kind": "cpu", "bytes": "256G"}, ...]}; every key: include/fathom/machine.hpp),
+ * real plans, budgets, caches and schedules, and no arithmetic.  A model of any size loads from its
+ * header or bare config.json and runs for any number of tokens in seconds: logits are zeros, and
+ * the milliseconds of fathom_session_info and fathom_step are those of that machine. cfg, host   as
+ * above; a CPU device must be among the machine's. E_CONFIG names the key of the description, its
+ * value and range.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_engine_simulate(const char* machine_json, uint64_t len,
+                                                      const fathom_config* cfg,
+                                                      const fathom_host* host, fathom_engine** out,
+                                                      fathom_error* err);
+
+/* What fathom_engine_simulate() reads, of this engine's devices: bytes, rates and links, with where
+ * each rate comes from.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_engine_machine_json(const fathom_engine* eng, char* buf,
+                                                          uint64_t cap, uint64_t* len,
+                                                          fathom_error* err);
+
 /* One device, index < *count.  info or count may be NULL, not both.  E_NOT_FOUND: no such index
  * (*count is set all the same).  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_engine_device(const fathom_engine *eng, uint32_t index,

@@ -155,58 +155,93 @@ void fathom_config_free(fathom_config* cfg) {
 
 // ---- engine ----
 
-int32_t fathom_engine_create(const fathom_config* cfg, const fathom_host* host, fathom_engine** out,
-                             fathom_error* err) {
+namespace {
+
+HostHooks hooks_of(const fathom_host& h) {
+  HostHooks hooks;
+  if (h.log != nullptr)
+    hooks.log = [h](LogLevel level, std::string_view text) {
+      if (static_cast<int32_t>(level) > h.log_level) return;
+      host_callback(0, [&] {
+        h.log(h.user, static_cast<int32_t>(level), text.data(), text.size());
+        return 0;
+      });
+    };
+  if (h.memory != nullptr)
+    hooks.memory = [h](int device, Purpose purpose, int64_t delta, int64_t total) {
+      return host_callback(false, [&] {
+        return h.memory(h.user, device, static_cast<int32_t>(purpose), delta,
+                        static_cast<uint64_t>(total)) == 0;
+      });
+    };
+  if (h.reserve != nullptr)
+    hooks.allocator.reserve = [h](int64_t bytes) -> void* {
+      return host_callback(static_cast<void*>(nullptr),
+                           [&] { return h.reserve(h.user, static_cast<uint64_t>(bytes)); });
+    };
+  if (h.commit != nullptr)
+    hooks.allocator.commit = [h](void* base, int64_t offset, int64_t bytes) {
+      return host_callback(false, [&] {
+        return h.commit(h.user, base, static_cast<uint64_t>(offset),
+                        static_cast<uint64_t>(bytes)) == 0;
+      });
+    };
+  if (h.decommit != nullptr)
+    hooks.allocator.decommit = [h](void* base, int64_t offset, int64_t bytes) {
+      host_callback(0, [&] {
+        h.decommit(h.user, base, static_cast<uint64_t>(offset), static_cast<uint64_t>(bytes));
+        return 0;
+      });
+    };
+  if (h.release != nullptr)
+    hooks.allocator.release = [h](void* base, int64_t bytes) {
+      host_callback(0, [&] {
+        h.release(h.user, base, static_cast<uint64_t>(bytes));
+        return 0;
+      });
+    };
+  return hooks;
+}
+
+// Makes an engine by make(config, hooks).
+template <class Make>
+int32_t new_engine(const fathom_config* cfg, const fathom_host* host, fathom_engine** out,
+                   fathom_error* err, Make&& make) {
   return call(err, [&]() -> Status {
     if (out == nullptr) return null_argument("out");
     *out = nullptr;
     FATHOM_TRY_ASSIGN(const fathom_host h, from_caller(host, "host"));
-    HostHooks hooks;
-    if (h.log != nullptr)
-      hooks.log = [h](LogLevel level, std::string_view text) {
-        if (static_cast<int32_t>(level) > h.log_level) return;
-        host_callback(0, [&] {
-          h.log(h.user, static_cast<int32_t>(level), text.data(), text.size());
-          return 0;
-        });
-      };
-    if (h.memory != nullptr)
-      hooks.memory = [h](int device, Purpose purpose, int64_t delta, int64_t total) {
-        return host_callback(false, [&] {
-          return h.memory(h.user, device, static_cast<int32_t>(purpose), delta,
-                          static_cast<uint64_t>(total)) == 0;
-        });
-      };
-    if (h.reserve != nullptr)
-      hooks.allocator.reserve = [h](int64_t bytes) -> void* {
-        return host_callback(static_cast<void*>(nullptr),
-                             [&] { return h.reserve(h.user, static_cast<uint64_t>(bytes)); });
-      };
-    if (h.commit != nullptr)
-      hooks.allocator.commit = [h](void* base, int64_t offset, int64_t bytes) {
-        return host_callback(false, [&] {
-          return h.commit(h.user, base, static_cast<uint64_t>(offset),
-                          static_cast<uint64_t>(bytes)) == 0;
-        });
-      };
-    if (h.decommit != nullptr)
-      hooks.allocator.decommit = [h](void* base, int64_t offset, int64_t bytes) {
-        host_callback(0, [&] {
-          h.decommit(h.user, base, static_cast<uint64_t>(offset), static_cast<uint64_t>(bytes));
-          return 0;
-        });
-      };
-    if (h.release != nullptr)
-      hooks.allocator.release = [h](void* base, int64_t bytes) {
-        host_callback(0, [&] {
-          h.release(h.user, base, static_cast<uint64_t>(bytes));
-          return 0;
-        });
-      };
     Use use;
     if (cfg != nullptr) FATHOM_TRY(use.begin(cfg, "cfg"));
-    FATHOM_TRY_ASSIGN(Engine engine, Engine::create(cfg ? cfg->config : Config(), hooks));
+    FATHOM_TRY_ASSIGN(Engine engine, make(cfg ? cfg->config : Config(), hooks_of(h)));
     return new_handle(out, std::move(engine));
+  });
+}
+
+}  // namespace
+
+int32_t fathom_engine_create(const fathom_config* cfg, const fathom_host* host, fathom_engine** out,
+                             fathom_error* err) {
+  return new_engine(cfg, host, out, err, [](const Config& config, const HostHooks& hooks) {
+    return Engine::create(config, hooks);
+  });
+}
+
+int32_t fathom_engine_simulate(const char* machine_json, uint64_t len, const fathom_config* cfg,
+                               const fathom_host* host, fathom_engine** out, fathom_error* err) {
+  return new_engine(
+      cfg, host, out, err, [&](const Config& config, const HostHooks& hooks) -> Result<Engine> {
+        FATHOM_TRY_ASSIGN(const std::string_view text, to_text("machine_json", machine_json, len));
+        FATHOM_TRY_ASSIGN(const MachineDescription machine, MachineDescription::parse(text));
+        return Engine::simulate(machine, config, hooks);
+      });
+}
+
+int32_t fathom_engine_machine_json(const fathom_engine* eng, char* buf, uint64_t cap, uint64_t* len,
+                                   fathom_error* err) {
+  return call(err, [&]() -> Status {
+    FATHOM_TRY(check_handle(eng, "eng"));
+    return give_text(eng->engine.machine().to_json(), buf, cap, len);
   });
 }
 

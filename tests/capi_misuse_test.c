@@ -39,6 +39,7 @@ static void test_null(const Fixture* f) {
   uint64_t len;
   uint32_t count;
   fathom_token id;
+  fathom_engine* engine = NULL;
 
   CHECK_NULL("len", fathom_capabilities_json(buf, sizeof buf, NULL, err));
   CHECK_NULL("buf", fathom_capabilities_json(NULL, 4, &len, err));
@@ -59,10 +60,13 @@ static void test_null(const Fixture* f) {
   CHECK_NULL("buf", fathom_config_schema_json(NULL, 1, &len, err));
 
   CHECK_NULL("out", fathom_engine_create(config, NULL, NULL, err));
+  CHECK_NULL("machine_json", fathom_engine_simulate(NULL, FATHOM_NTS, config, NULL, &engine, err));
+  CHECK_NULL("out", fathom_engine_simulate("{}", FATHOM_NTS, config, NULL, NULL, err));
   CHECK_NULL("eng", fathom_engine_device(NULL, 0, &device_info, &count, err));
   CHECK_NULL("info", fathom_engine_device(f->engine, 0, NULL, NULL, err));
   CHECK_NULL("eng", fathom_engine_set_budget(NULL, 0, 1, err));
   CHECK_NULL("eng", fathom_engine_set_host_budget(NULL, 1, err));
+  CHECK_NULL("eng", fathom_engine_machine_json(NULL, buf, sizeof buf, &len, err));
   CHECK_NULL("out", fathom_cancel_create(NULL, err));
 
   CHECK_NULL("eng", fathom_plan_create(NULL, FATHOM_EXAMPLE_MODEL, NULL, &plan, err));

@@ -1,8 +1,10 @@
 /* Every function of the C interface does what its comment says.  C99, on the shared library and the
  * example model; misuse is in capi_misuse_test.c, callbacks that throw in capi_callback_test.cc. */
+#define _DEFAULT_SOURCE /* MAP_ANONYMOUS */
 #define _POSIX_C_SOURCE 200809L
 #include <fcntl.h>
 #include <math.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -260,6 +262,112 @@ static void test_tokenizer(const Fixture* f) {
   fathom_tokenizer_free(tokenizer);
   EXPECT_CODE(FATHOM_E_NOT_FOUND, fathom_tokenizer_open("/no/such", &tokenizer, err));
   EXPECT(tokenizer == NULL);
+}
+
+/* ---- memory of the host ---- */
+typedef struct Pool {
+  int64_t held;
+  int refusing; /* commit says no */
+} Pool;
+static void* pool_reserve(void* user, uint64_t bytes) {
+  void* base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  (void)user;
+  return base == MAP_FAILED ? NULL : base;
+}
+static int32_t pool_commit(void* user, void* base, uint64_t offset, uint64_t bytes) {
+  Pool* pool = (Pool*)user;
+  if (pool->refusing) return 1;
+  if (mprotect((char*)base + offset, bytes, PROT_READ | PROT_WRITE) != 0) return 1;
+  pool->held += (int64_t)bytes;
+  return 0;
+}
+static void pool_decommit(void* user, void* base, uint64_t offset, uint64_t bytes) {
+  ((Pool*)user)->held -= (int64_t)bytes;
+  mmap((char*)base + offset, bytes, PROT_NONE,
+       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+}
+static void pool_release(void* user, void* base, uint64_t bytes) {
+  (void)user;
+  munmap(base, bytes);
+}
+
+static void test_allocator(void) {
+  Pool pool = {0, 0};
+  fathom_host host = {.struct_size = sizeof host,
+                      .user = &pool,
+                      .reserve = pool_reserve,
+                      .commit = pool_commit,
+                      .decommit = pool_decommit,
+                      .release = pool_release};
+  fathom_token ids[256];
+  fathom_session* other = NULL;
+  int64_t before;
+  uint64_t n;
+  Fixture f = open_fixture(FATHOM_EXAMPLE_MODEL, &host);
+  EXPECT(pool.held > 1 << 20); /* the weights, at least */
+  n = tokens_of(&f, kText, ids, 256);
+  EXPECT_OK(fathom_session_prefill(f.session, ids, n, NULL, err));
+  before = pool.held;
+  pool.refusing = 1;
+  EXPECT_CODE(FATHOM_E_MEMORY, fathom_session_create(f.model, NULL, &other, err));
+  EXPECT(other == NULL && pool.held == before);
+  pool.refusing = 0;
+  EXPECT_OK(fathom_session_step(f.session, 7, err));
+  close_fixture(&f);
+
+  host.release = NULL;
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_create(NULL, &host, &f.engine, err));
+}
+
+/* Coder-V2 236B on a card and a host that are elsewhere: plan, load and generation, from its
+ * config.json. */
+static void test_simulation(void) {
+  static const char kMachine[] =
+      "{\"devices\": [{\"name\": \"cpu\", \"bytes\": \"256G\"}, {\"name\": \"cuda:0\", \"bytes\": "
+      "\"24G\"}]}";
+  const char* const path = FATHOM_TEST_SOURCE_DATA "/configs/v2.json";
+  char json[8192];
+  uint64_t len = 0;
+  uint32_t count = 0;
+  fathom_config* config = NULL;
+  fathom_engine* engine = (fathom_engine*)json;
+  fathom_plan* plan = NULL;
+  fathom_model* model = NULL;
+  fathom_session* session = NULL;
+  fathom_plan_summary summary = {.struct_size = sizeof summary};
+  fathom_session_info info = {.struct_size = sizeof info};
+  fathom_device_info device = {.struct_size = sizeof device};
+  static fathom_token text[4000];
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_engine_simulate(NULL, 0, NULL, NULL, &engine, err));
+  EXPECT(engine == NULL);
+  EXPECT_CODE(FATHOM_E_CONFIG, fathom_engine_simulate("{\"devices\": [{\"name\": \"cpu\"}]}",
+                                                      FATHOM_NTS, NULL, NULL, &engine, err));
+  EXPECT(strstr(err->message, "bytes") != NULL);
+  EXPECT_OK(fathom_config_create(&config, err));
+  EXPECT_OK(fathom_config_merge_json(config, "{\"weights.type\": \"q8_0\", \"context.max\": 16384}",
+                                     FATHOM_NTS, err));
+  EXPECT_OK(fathom_engine_simulate(kMachine, FATHOM_NTS, config, NULL, &engine, err));
+  EXPECT_OK(fathom_engine_machine_json(engine, json, sizeof json, &len, err));
+  EXPECT(strlen(json) == len && strstr(json, "\"cuda:0\"") && strstr(json, "read_bytes_per_s"));
+  EXPECT_OK(fathom_plan_create(engine, path, NULL, &plan, err));
+  EXPECT_OK(fathom_plan_get_summary(plan, &summary, err));
+  EXPECT(summary.feasible == 1 && summary.n_devices == 2 && summary.max_tokens == 16384);
+  EXPECT_OK(fathom_model_load(engine, plan, NULL, &model, err));
+  EXPECT_OK(fathom_session_create(model, NULL, &session, err));
+  EXPECT_OK(fathom_session_prefill(session, text, 4000, NULL, err));
+  EXPECT_OK(fathom_session_step(session, 7, err));
+  EXPECT_OK(fathom_session_get_info(session, &info, err));
+  EXPECT(info.n_tokens == 4001 && info.prefill_ms > 1000 && info.decode_ms > 1);
+  EXPECT_OK(fathom_engine_device(engine, 0, &device, &count, err));
+  EXPECT(count == 2 && device.bytes_peak <= device.bytes_budget);
+  /* What the engine says of its machine makes the same machine. */
+  fathom_session_free(session);
+  fathom_model_free(model);
+  fathom_plan_free(plan);
+  fathom_engine_free(engine);
+  EXPECT_OK(fathom_engine_simulate(json, len, config, NULL, &engine, err));
+  fathom_engine_free(engine);
+  fathom_config_free(config);
 }
 
 static void test_sampler(void) {
@@ -866,6 +974,7 @@ int main(void) {
   test_library();
   test_config();
   test_engine();
+  test_simulation();
   test_sampler();
   f = open_fixture(FATHOM_EXAMPLE_MODEL, NULL);
   test_plan(&f);
@@ -880,6 +989,7 @@ int main(void) {
   test_timeline(&f);
   test_save_restore(&f);
   close_fixture(&f);
+  test_allocator();
   test_parents_first();
   if (failures == 0) puts("all passed");
   return failures != 0;
