@@ -53,23 +53,51 @@ const char* onednn_refusal() noexcept {
   return onednn_serves_bf16() ? "" : "the processor lacks AVX512_BF16";
 }
 
+namespace {
+
+// A product before it is made: nothing is generated for it yet.
+struct Description {
+  dnnl::engine engine;
+  memory::desc x, weights, out;
+  dnnl::matmul::primitive_desc product;
+  bool refused;
+
+  Description(int64_t n_rows, int64_t n_cols, int64_t k)
+      : engine(dnnl::engine::kind::cpu, 0),
+        x({n_rows, k}, memory::data_type::bf16, memory::dims{k, 1}),
+        weights({k, n_cols}, memory::data_type::bf16, memory::dims{1, k}),
+        out({n_rows, n_cols}, memory::data_type::f32, memory::dims{n_cols, 1}) {
+    dnnl::primitive_attr attributes;
+    attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
+    product = dnnl::matmul::primitive_desc(engine, x, weights, out, attributes);
+    refused = std::strncmp(product.impl_info_str(), "brg:", 4) != 0;
+  }
+};
+
+}  // namespace
+
+int64_t Bf16Gemm::scratch_bytes(int64_t n_rows, int64_t n_cols, int64_t k) noexcept try {
+  if (n_rows == 0 || n_cols == 0 || !onednn_serves_bf16()) return 0;
+  const SingleThread single;  // how much scratch a product wants depends on the team
+  const Description d(n_rows, n_cols, k);
+  return d.refused ? 0 : static_cast<int64_t>(d.product.scratchpad_desc().get_size());
+} catch (const dnnl::error&) {
+  return 0;
+} catch (const std::bad_alloc&) {
+  return 0;
+}
+
 Bf16Gemm::Bf16Gemm(int64_t n_rows, int64_t n_cols, int64_t k) noexcept try {
   if (n_rows == 0 || n_cols == 0) {
     refused_ = false;
     return;
   }
   if (!onednn_serves_bf16()) return;
-  const SingleThread single;  // how much scratch a product wants depends on the team
-  const dnnl::engine engine(dnnl::engine::kind::cpu, 0);
-  const memory::desc x({n_rows, k}, memory::data_type::bf16, memory::dims{k, 1});
-  const memory::desc weights({k, n_cols}, memory::data_type::bf16, memory::dims{1, k});
-  const memory::desc out({n_rows, n_cols}, memory::data_type::f32, memory::dims{n_cols, 1});
-  dnnl::primitive_attr attributes;
-  attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
-  const dnnl::matmul::primitive_desc description(engine, x, weights, out, attributes);
-  if (std::strncmp(description.impl_info_str(), "brg:", 4) != 0) return;
-  impl_.reset(
-      new Impl{engine, x, weights, out, description.scratchpad_desc(), dnnl::matmul(description)});
+  const SingleThread single;
+  const Description d(n_rows, n_cols, k);
+  if (d.refused) return;
+  impl_.reset(new Impl{d.engine, d.x, d.weights, d.out, d.product.scratchpad_desc(),
+                       dnnl::matmul(d.product)});
   refused_ = false;
 } catch (const dnnl::error&) {
   impl_.reset();
@@ -123,6 +151,9 @@ Bf16Gemm::Bf16Gemm(int64_t n_rows, int64_t n_cols, int64_t) noexcept
 Bf16Gemm::~Bf16Gemm() = default;
 Bf16Gemm::Bf16Gemm(Bf16Gemm&&) noexcept = default;
 int64_t Bf16Gemm::scratch_bytes() const noexcept {
+  return 0;
+}
+int64_t Bf16Gemm::scratch_bytes(int64_t, int64_t, int64_t) noexcept {
   return 0;
 }
 bool Bf16Gemm::run(const uint16_t*, const uint16_t*, float*, std::byte*) const noexcept {

@@ -23,6 +23,14 @@ class Bf16Gemm {
   ~Bf16Gemm();
   Bf16Gemm(Bf16Gemm&&) noexcept;
 
+  // Scratch of such a product, without making it; 0 where it would be refused.
+  static int64_t scratch_bytes(int64_t n_rows, int64_t n_cols, int64_t k) noexcept;
+  // What oneDNN keeps for itself, for as long as the process lives, of the products of a model:
+  // most of a megabyte of addresses each for generated code (a tenth of it touched), and DeepSeek's
+  // dense projections have six shapes at most - three lengths of rows, whole and last slices.  The
+  // workspace of matmul books it.  Repeated by: cpu_onednn_test "what oneDNN keeps*"
+  static constexpr int64_t kKeptBytes = int64_t{8} << 20;
+
   bool refused() const noexcept { return refused_; }
   int64_t scratch_bytes() const noexcept;  // 0 when refused
   // On the calling thread.  May be called from several threads with a scratch for each.  False when

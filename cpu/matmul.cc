@@ -29,9 +29,12 @@ MatmulScratch carve(Workspace& space, const CpuContext& ctx, const Weight& w, in
 //
 // Only bf16: its f32 products reach what our panels do (95-100 of 113 GF on one Zen 4 core against
 // 170-190 in bf16, at 128 rows of 2048), so f32 stays here.  Tiles of 128 rows by 256 columns are
-// tasks; a tile is dense because the product that takes the caller's scratch wants it so.
+// tasks; a tile is dense because the product that takes the caller's scratch wants it so.  A last
+// block of fewer rows is filled up with zeros, so that oneDNN, which keeps what it generates for a
+// shape, sees two shapes per number of columns of a weight and no more; below kDenseRows rows,
+// panels are as fast.
 
-constexpr int64_t kDenseRows = 32;
+constexpr int64_t kDenseRows = 64;
 constexpr int64_t kDenseCols = 256;
 
 bool is_dense_bf16(const CpuContext& ctx, const Weight& w, int64_t n_rows, bool exact) noexcept {
@@ -40,7 +43,7 @@ bool is_dense_bf16(const CpuContext& ctx, const Weight& w, int64_t n_rows, bool 
 }
 
 struct DenseScratch {
-  uint16_t* x;      // [n_rows, cols]
+  uint16_t* x;      // [n_rows in whole blocks, cols]
   float* tiles;     // [workers, kRowBlock, kDenseCols]
   std::byte* gemm;  // [workers, gemm_bytes]
   int64_t gemm_bytes = 0;
@@ -50,12 +53,14 @@ DenseScratch carve_dense(Workspace& space, const CpuContext& ctx, const Weight& 
                          int64_t n_rows) noexcept {
   DenseScratch s{};
   for (const int64_t n_cols : {std::min(kDenseCols, w.rows), w.rows % kDenseCols})
-    s.gemm_bytes = std::max(s.gemm_bytes, Bf16Gemm(kRowBlock, n_cols, w.cols).scratch_bytes());
+    s.gemm_bytes = std::max(s.gemm_bytes, Bf16Gemm::scratch_bytes(kRowBlock, n_cols, w.cols));
   s.gemm_bytes =
       (s.gemm_bytes + Workspace::kAlignment - 1) / Workspace::kAlignment * Workspace::kAlignment;
-  s.x = space.take<uint16_t>(n_rows * w.cols);
+  s.x = space.take<uint16_t>(row_blocks(n_rows) * kRowBlock * w.cols);
   s.tiles = space.take<float>(ctx.threads->size() * kRowBlock * kDenseCols);
   s.gemm = space.take<std::byte>(ctx.threads->size() * s.gemm_bytes);
+  // Booked and never touched: oneDNN has as much on the heap.
+  if (s.gemm_bytes > 0) space.take<std::byte>(Bf16Gemm::kKeptBytes);
   return s;
 }
 
@@ -65,31 +70,29 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
   const Weight& w = *p.w;
   const int64_t n_blocks = row_blocks(p.n_rows);
   const int64_t n_slices = (w.rows + kDenseCols - 1) / kDenseCols;
-  const int64_t last_rows = p.n_rows - (n_blocks - 1) * kRowBlock;
   const int64_t last_cols = w.rows - (n_slices - 1) * kDenseCols;
-  // By whether the rows, and the columns, are those of the last tile.
-  const Bf16Gemm gemms[2][2] = {
-      {Bf16Gemm(n_blocks > 1 ? kRowBlock : 0, n_slices > 1 ? kDenseCols : 0, w.cols),
-       Bf16Gemm(n_blocks > 1 ? kRowBlock : 0, last_cols, w.cols)},
-      {Bf16Gemm(last_rows, n_slices > 1 ? kDenseCols : 0, w.cols),
-       Bf16Gemm(last_rows, last_cols, w.cols)}};
-  for (const auto& row : gemms)
-    for (const Bf16Gemm& gemm : row)
-      if (gemm.refused() || gemm.scratch_bytes() > s.gemm_bytes) return false;
+  // By whether the columns are those of the last slice.
+  const Bf16Gemm gemms[2] = {Bf16Gemm(kRowBlock, n_slices > 1 ? kDenseCols : 0, w.cols),
+                             Bf16Gemm(kRowBlock, last_cols, w.cols)};
+  for (const Bf16Gemm& gemm : gemms)
+    if (gemm.refused() || gemm.scratch_bytes() > s.gemm_bytes) return false;
 
-  ctx.threads->parallel_for(p.n_rows, [&](int64_t row, int) {
-    ctx.matmul->to_bf16(p.x + row * p.x_stride, w.cols, s.x + row * w.cols);
+  ctx.threads->parallel_for(n_blocks * kRowBlock, [&](int64_t row, int) {
+    if (row < p.n_rows)
+      ctx.matmul->to_bf16(p.x + row * p.x_stride, w.cols, s.x + row * w.cols);
+    else
+      std::fill_n(s.x + row * w.cols, w.cols, uint16_t{0});
   });
   const auto* weights = reinterpret_cast<const uint16_t*>(w.matrix(0));
   ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
     const int64_t block = task / n_slices, slice = task % n_slices;
-    const bool last_block = block == n_blocks - 1, last_slice = slice == n_slices - 1;
-    const int64_t n_rows = last_block ? last_rows : kRowBlock;
+    const bool last_slice = slice == n_slices - 1;
+    const int64_t n_rows = std::min(kRowBlock, p.n_rows - block * kRowBlock);
     const int64_t n_cols = last_slice ? last_cols : kDenseCols;
     float* tile = worker_part(s.tiles, worker, kRowBlock * kDenseCols);
-    if (!gemms[last_block][last_slice].run(s.x + block * kRowBlock * w.cols,
-                                           weights + slice * kDenseCols * w.cols, tile,
-                                           s.gemm + worker * s.gemm_bytes))
+    if (n_rows < kDenseRows || !gemms[last_slice].run(s.x + block * kRowBlock * w.cols,
+                                                      weights + slice * kDenseCols * w.cols, tile,
+                                                      s.gemm + worker * s.gemm_bytes))
       multiply_slice(
           ctx, Method::kPanel, w, 0, slice_at(w, kDenseCols / kGroupRows, slice),
           {.x = p.x + block * kRowBlock * p.x_stride, .x_stride = p.x_stride, .n_rows = n_rows},
