@@ -32,8 +32,8 @@ std::vector<float> copy(std::span<const float> logits) {
 TEST_CASE("a card's pages on the host and in the file give the bits of resident ones",
           "[cuda][plugin][ladder]") {
   const std::string folder = test::test_data("models/tiny-v2-lite");
-  const auto all = test::Golden::load(folder + "/golden.safetensors").i32("p64.tokens");
-  const std::span<const int32_t> text(all);
+  const test::Golden golden = test::Golden::load(folder + "/golden.safetensors");
+  const std::span<const int32_t> text = golden.i32("p64.tokens");
   test::TemporaryFolder spill("cuda_tiers");
   for (const char* type : {"f16", "q8_0"}) {
     std::vector<std::vector<float>> expected;

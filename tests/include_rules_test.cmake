@@ -27,7 +27,7 @@ set(third_party
   "^(sys|linux|asm)/" "^(lib|cpu|cuda|capi|examples)/"
   "^(unistd|fcntl|pthread|sched|dlfcn|time|signal|poll|ucontext)\\.h$" "^(lib|cpu|cuda|capi|examples)/"
   "^(stdint|stddef|stdbool|string|stdio|stdlib|inttypes|math|float|limits|errno)\\.h$" "."
-  "^(immintrin|x86intrin|cpuid)\\.h$" "^cpu/(amx_tiles|isa|kernels|simd|threads)[^/]*$"
+  "^(immintrin|emmintrin|x86intrin|cpuid)\\.h$" "^cpu/(amx_tiles|isa|kernels|simd|threads)[^/]*$"
   "^arm_neon\\.h$" "^cpu/(kernels|simd)[^/]*$"
   "^fmt/" "^(lib|cpu|cuda|capi|examples)/.*\\.(h|cc|cpp)$"
   "^nlohmann/" "^(lib/io/json[^/]*|examples/.*)$"
