@@ -55,6 +55,13 @@ class FileSource final : public ByteSource {
   Status read(int64_t offset, std::span<std::byte> out) const noexcept override {
     if (!inside(size_, offset, out.size())) return beyond_end(*this, offset, out.size());
     constexpr size_t kMaxRead = size_t{1} << 30;  // Linux transfers at most 2 GiB - 4 KiB at once
+    // A large read is most often followed by the one behind it: the disk fetches while the caller
+    // works on what it has.  A hint; a failure means nothing.
+    constexpr size_t kLargeRead = size_t{256} << 10;
+    constexpr off_t kReadAhead = off_t{8} << 20;
+    if (out.size() >= kLargeRead)
+      static_cast<void>(::posix_fadvise(fd_, offset + static_cast<off_t>(out.size()), kReadAhead,
+                                        POSIX_FADV_WILLNEED));
     while (!out.empty()) {
       const ssize_t got = ::pread(fd_, out.data(), std::min(out.size(), kMaxRead), offset);
       if (got < 0) {
