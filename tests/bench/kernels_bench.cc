@@ -288,7 +288,7 @@ void register_all() {
                                      n_threads)
             ->UseManualTime()
             ->Iterations(12);
-        for (const int64_t n_rows : {2, 4, 8, 16, 48, 128, 512})
+        for (const int64_t n_rows : {1, 2, 4, 8, 16, 48, 128, 512})
           for (const bool exact : {false, true})
             benchmark::RegisterBenchmark(("gemm/" + what + "/rows:" + std::to_string(n_rows) +
                                           (exact ? "/exact" : "") + threads)
