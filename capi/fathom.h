@@ -137,6 +137,7 @@ typedef int32_t fathom_token; /* 0 .. n_vocab - 1 */
 #define FATHOM_CAT_STAGING 5     /* file and transfer buffers */
 #define FATHOM_CAT_TOKENIZER 6   /* vocabulary and merges */
 #define FATHOM_CAT_RUNTIME 7     /* thread stacks, device contexts, token history */
+#define FATHOM_CAT_EXPERT_CACHE 8 /* copies of routed experts in idle memory (experts.cache) */
 
 /* Bytes of one category on one device. */
 typedef struct fathom_memory_item {
@@ -436,6 +437,22 @@ FATHOM_API int32_t FATHOM_CALL fathom_model_load(fathom_engine *eng, const fatho
 /* Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_model_get_info(const fathom_model *model,
                                                      fathom_model_info *out, fathom_error *err);
+
+/* What copies of experts have done for a model since it was loaded ("experts.cache"); zeros where
+ * nothing is copied. */
+typedef struct fathom_expert_cache {
+  uint32_t struct_size;
+  uint32_t reserved;
+  uint64_t n_experts, bytes; /* copies held now */
+  uint64_t choices, hits;    /* experts chosen by tokens in passes short enough to look for copies,
+                                in layers that keep some; of these computed from copies */
+  uint64_t copied, dropped;  /* experts; a replaced one is in both */
+} fathom_expert_cache;
+
+/* Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_model_expert_cache(const fathom_model *model,
+                                                         fathom_expert_cache *out,
+                                                         fathom_error *err);
 
 /* A scalar metadata value of the file as text ("general.name").  E_NOT_FOUND.  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_model_metadata(const fathom_model *model, const char *key,

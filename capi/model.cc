@@ -154,6 +154,25 @@ int32_t fathom_model_get_info(const fathom_model* model, fathom_model_info* out,
   return call(err, work, InCallback::kAllowed);
 }
 
+int32_t fathom_model_expert_cache(const fathom_model* model, fathom_expert_cache* out,
+                                  fathom_error* err) {
+  const auto work = [&]() -> Status {
+    FATHOM_TRY(check_handle(model, "model"));
+    FATHOM_TRY(check_out(out, "out"));
+    const ExpertCacheStats stats = model->model.expert_cache();
+    fathom_expert_cache cache{};
+    cache.n_experts = static_cast<uint64_t>(stats.n_experts);
+    cache.bytes = static_cast<uint64_t>(stats.bytes);
+    cache.choices = static_cast<uint64_t>(stats.choices);
+    cache.hits = static_cast<uint64_t>(stats.hits);
+    cache.copied = static_cast<uint64_t>(stats.copied);
+    cache.dropped = static_cast<uint64_t>(stats.dropped);
+    to_caller(cache, out);
+    return {};
+  };
+  return call(err, work, InCallback::kAllowed);
+}
+
 int32_t fathom_model_metadata(const fathom_model* model, const char* key, char* buf, uint64_t cap,
                               uint64_t* len, fathom_error* err) {
   return call(err, [&]() -> Status {

@@ -198,6 +198,9 @@ void CpuBackend::experts(const OpContext& op, const ExpertsParams& p) noexcept {
 void CpuBackend::add(const OpContext&, const AddParams& p) noexcept {
   cpu::add(context_, p);
 }
+void CpuBackend::sum_experts(const OpContext&, const SumExpertsParams& p) noexcept {
+  cpu::sum_experts(context_, p);
+}
 
 }  // namespace cpu
 }  // namespace fathom

@@ -61,6 +61,8 @@ class CpuBackend final : public Backend {
   void ffn(const OpContext&, const FfnParams&) noexcept override;
   void experts(const OpContext&, const ExpertsParams&) noexcept override;
   void add(const OpContext&, const AddParams&) noexcept override;
+  bool keeps_expert_rows() const noexcept override { return true; }
+  void sum_experts(const OpContext&, const SumExpertsParams&) noexcept override;
   Status sync(const OpContext&) noexcept override { return {}; }
 
  private:

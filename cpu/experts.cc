@@ -19,7 +19,7 @@ struct ExpertsScratch {
   int32_t* first;     // [n_experts + 1] first pair of each expert in the sorted order
   int32_t* active;    // [n_experts] experts that have rows, ascending
   int32_t* tokens;    // [n_pairs] token of each sorted pair
-  float* weights;     // [n_pairs]
+  int32_t* pairs;     // [n_pairs] its place in ids and weights
   XBlock* x_blocks;   // [n_tokens, hidden_size / 32], when gate or up is computed in int8
   int64_t rows;       // pairs of a part
   std::byte* hidden;  // [rows, hidden_row_bytes()]
@@ -32,7 +32,7 @@ ExpertsScratch carve(Workspace& space, const CpuContext& ctx, const ExpertsParam
   s.first = space.take<int32_t>(p.gate->count + 1);
   s.active = space.take<int32_t>(p.gate->count);
   s.tokens = space.take<int32_t>(n_pairs);
-  s.weights = space.take<float>(n_pairs);
+  s.pairs = space.take<int32_t>(n_pairs);
   const auto int8 = [&](const Weight* w) {
     return uses_method(ctx, *w, p.n_tokens, false, Method::kInt8);
   };
@@ -44,7 +44,7 @@ ExpertsScratch carve(Workspace& space, const CpuContext& ctx, const ExpertsParam
   return s;
 }
 
-// Fills first, active, tokens and weights; returns the number of active experts.
+// Fills first, active, tokens and pairs; returns the number of active experts.
 int64_t group_pairs(const ExpertsParams& p, const ExpertsScratch& s) noexcept {
   const int64_t n_experts = p.gate->count;
   const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok;
@@ -64,7 +64,7 @@ int64_t group_pairs(const ExpertsParams& p, const ExpertsScratch& s) noexcept {
     if (!ours(expert_of(i))) continue;
     const int32_t at = s.first[expert_of(i)]++;
     s.tokens[at] = static_cast<int32_t>(i / p.num_experts_per_tok);
-    s.weights[at] = p.weights[i];
+    s.pairs[at] = static_cast<int32_t>(i);
   }
   for (int64_t e = n_experts; e > 0; --e) s.first[e] = s.first[e - 1];
   s.first[0] = 0;
@@ -141,7 +141,7 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
       float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
       const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);
       float* panels = worker_part(s.tiles.panels, worker, kPanelFloats);
-      for (int64_t t = 0; t < p.n_tokens && begin == 0 && !p.add; ++t)
+      for (int64_t t = 0; t < p.n_tokens && begin == 0 && !p.add && p.rows == nullptr; ++t)
         std::fill_n(p.out + t * p.down->rows + slice.row0, slice.n_rows, 0.0f);
       for (int64_t a = first_active; a < end_active; ++a) {
         const int64_t e = s.active[a];
@@ -153,15 +153,42 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
           multiply_slice(ctx, method(*p.down, e), *p.down, e, slice, sub_rows(h, row, n), panels,
                          tile, slice.n_rows, false);
           for (int64_t i = 0; i < n; ++i) {
-            const int64_t pair = first + row + i;
-            ctx.matmul->add_scaled(s.weights[pair], tile + i * slice.n_rows, slice.n_rows,
-                                   p.out + s.tokens[pair] * p.down->rows + slice.row0);
+            const int64_t at = first + row + i, pair = s.pairs[at];
+            const float* result = tile + i * slice.n_rows;
+            if (p.rows != nullptr)
+              std::copy_n(result, slice.n_rows, p.rows + pair * p.down->rows + slice.row0);
+            else
+              ctx.matmul->add_scaled(p.weights[pair], result, slice.n_rows,
+                                     p.out + s.tokens[at] * p.down->rows + slice.row0);
           }
         }
       }
     });
     begin = end;
   } while (begin < n_ours);
+}
+
+void sum_experts(const CpuContext& ctx, const SumExpertsParams& p) noexcept {
+  constexpr int64_t kColumns = 1024;
+  const int64_t k = p.num_experts_per_tok, hidden = p.hidden_size;
+  const int64_t n_slices = (hidden + kColumns - 1) / kColumns;
+  ctx.threads->parallel_for(p.n_tokens * n_slices, [&](int64_t task, int) {
+    const int64_t t = task / n_slices, column = task % n_slices * kColumns;
+    const int64_t n = std::min(kColumns, hidden - column);
+    const int32_t* ids = p.ids + t * k;
+    float* out = p.out + t * hidden + column;
+    std::fill_n(out, n, 0.0f);
+    int32_t last = -1;
+    for (int64_t i = 0; i < k; ++i) {
+      int64_t next = -1;  // the lowest id above the last one
+      for (int64_t j = 0; j < k; ++j)
+        if (ids[j] > last && (next < 0 || ids[j] < ids[next])) next = j;
+      if (next < 0) break;
+      last = ids[next];
+      ctx.matmul->add_scaled(p.weights[t * k + next], p.rows + (t * k + next) * hidden + column, n,
+                             out);
+    }
+  });
 }
 
 }  // namespace fathom::cpu

@@ -24,6 +24,7 @@ void matmul(const CpuContext&, const OpContext&, const MatmulParams&) noexcept;
 void heads_matmul(const CpuContext&, const OpContext&, const HeadsMatmulParams&) noexcept;
 void ffn(const CpuContext&, const OpContext&, const FfnParams&) noexcept;
 void experts(const CpuContext&, const OpContext&, const ExpertsParams&) noexcept;
+void sum_experts(const CpuContext&, const SumExpertsParams&) noexcept;
 
 // The kernels of an instruction set; the scalar ones where a build has no others.
 const MatmulKernels& matmul_kernels(Isa isa) noexcept;

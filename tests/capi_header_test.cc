@@ -118,6 +118,14 @@ Layout current_layout() {
   FIELD(fathom_step, ms);
   FIELD(fathom_step, n_items);
   FIELD(fathom_step, items);
+  STRUCT(fathom_expert_cache);
+  FIELD(fathom_expert_cache, struct_size);
+  FIELD(fathom_expert_cache, n_experts);
+  FIELD(fathom_expert_cache, bytes);
+  FIELD(fathom_expert_cache, choices);
+  FIELD(fathom_expert_cache, hits);
+  FIELD(fathom_expert_cache, copied);
+  FIELD(fathom_expert_cache, dropped);
   STRUCT(fathom_model_info);
   FIELD(fathom_model_info, struct_size);
   FIELD(fathom_model_info, bos);

@@ -11,6 +11,8 @@
 
 #include "capi_support.h"
 
+#define N_CATEGORIES (FATHOM_CAT_EXPERT_CACHE + 1)
+
 static fathom_error error_storage;
 static fathom_error* const err = &error_storage;
 
@@ -149,17 +151,17 @@ static void test_plan(const Fixture* f) {
   EXPECT(summary.feasible == 1 && summary.binding_device == -1 && summary.bytes_short == 0);
   EXPECT(summary.max_tokens == 256 && summary.prefill_chunk == 16 && summary.n_devices == 1);
   EXPECT(summary.kv_bytes_per_token > 0 && summary.max_tokens_feasible >= 256);
-  EXPECT(summary.n_items == 24);
+  EXPECT(summary.n_items == 3 * N_CATEGORIES);
   for (i = 0; i < summary.n_items; ++i) {
     EXPECT_OK(fathom_plan_get_item(f->plan, i, &item, err));
     EXPECT(item.device == 0 && strcmp(item.device_name, "cpu") == 0);
-    EXPECT(item.phase == (int32_t)(i / 8) && item.category == (int32_t)(i % 8));
+    EXPECT(item.phase == (int32_t)(i / N_CATEGORIES) && item.category == (int32_t)(i % N_CATEGORIES));
     phase_bytes[item.phase] += item.bytes;
   }
   for (i = 0; i < 3; ++i) peak = phase_bytes[i] > peak ? phase_bytes[i] : peak;
   decode = phase_bytes[2];
   EXPECT(peak == summary.bytes_peak && decode == summary.bytes_decode && peak > 0);
-  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_plan_get_item(f->plan, 24, &item, err));
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_plan_get_item(f->plan, 3 * N_CATEGORIES, &item, err));
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_plan_alternative(f->plan, 1000, &better, err));
   EXPECT_OK(fathom_plan_json(f->plan, NULL, 0, &len, err));
   json = malloc((size_t)len + 1);
@@ -194,9 +196,12 @@ static void test_plan(const Fixture* f) {
 
 static void test_model(const Fixture* f) {
   fathom_model_info info = {.struct_size = sizeof info};
+  fathom_expert_cache cache = {.struct_size = sizeof cache};
   char buf[128];
   uint64_t len = 0;
   EXPECT_OK(fathom_model_get_info(f->model, &info, err));
+  EXPECT_OK(fathom_model_expert_cache(f->model, &cache, err));
+  EXPECT(cache.n_experts == 0 && cache.choices == 0 && cache.copied == 0);
   EXPECT(info.n_layers == 4 && info.n_heads == 4 && info.n_experts == 8 &&
          info.n_experts_used == 2);
   EXPECT(info.kv_lora_rank == 96 && info.rope_dim == 32 && info.n_vocab == 2048);
@@ -674,32 +679,32 @@ static void test_generate(const Fixture* f) {
 }
 
 static void test_memory(const Fixture* f) {
-  fathom_memory_item items[8];
+  fathom_memory_item items[N_CATEGORIES];
   struct {
     fathom_memory_item item;
     uint64_t future;
-  } newer[8];
+  } newer[N_CATEGORIES];
   uint64_t n = 0;
   int i;
   memset(items, 0, sizeof items);
   items[0].struct_size = sizeof items[0];
   EXPECT_OK(fathom_memory_snapshot(f->engine, NULL, 0, &n, err));
-  EXPECT(n == 8);
-  EXPECT_OK(fathom_memory_snapshot(f->engine, items, 8, &n, err));
-  for (i = 0; i < 8; ++i) {
+  EXPECT(n == N_CATEGORIES);
+  EXPECT_OK(fathom_memory_snapshot(f->engine, items, N_CATEGORIES, &n, err));
+  for (i = 0; i < N_CATEGORIES; ++i) {
     EXPECT(items[i].struct_size == sizeof items[0] && items[i].device == 0 &&
            items[i].category == i);
     EXPECT(items[i].bytes_now <= items[i].bytes_peak && items[i].bytes_budget > 0);
   }
   EXPECT(items[FATHOM_CAT_WEIGHTS].bytes_now > 0 && items[FATHOM_CAT_EXPERTS].bytes_now > 0);
   EXPECT(items[FATHOM_CAT_KV].bytes_peak > 0 && items[FATHOM_CAT_KV].bytes_planned > 0);
-  EXPECT_CODE(FATHOM_E_BUFFER_TOO_SMALL, fathom_memory_snapshot(f->engine, items, 7, &n, err));
-  EXPECT(n == 8);
+  EXPECT_CODE(FATHOM_E_BUFFER_TOO_SMALL, fathom_memory_snapshot(f->engine, items, N_CATEGORIES - 1, &n, err));
+  EXPECT(n == N_CATEGORIES);
   /* A header of a later version: its struct is the stride, what we do not know is zero. */
   memset(newer, 0x77, sizeof newer);
   newer[0].item.struct_size = sizeof newer[0];
-  EXPECT_OK(fathom_memory_snapshot(f->engine, &newer[0].item, 8, &n, err));
-  for (i = 0; i < 8; ++i)
+  EXPECT_OK(fathom_memory_snapshot(f->engine, &newer[0].item, N_CATEGORIES, &n, err));
+  for (i = 0; i < N_CATEGORIES; ++i)
     EXPECT(newer[i].item.category == i && newer[i].future == 0 &&
            newer[i].item.bytes_peak == items[i].bytes_peak);
 }
@@ -713,7 +718,7 @@ typedef struct StepLog {
 static int32_t FATHOM_CALL log_step(void* user, const fathom_step* step) {
   StepLog* log = (StepLog*)user;
   uint64_t i;
-  EXPECT(step->struct_size == sizeof *step && step->n_items == 8 && step->ms >= 0);
+  EXPECT(step->struct_size == sizeof *step && step->n_items == N_CATEGORIES && step->ms >= 0);
   EXPECT(step->bytes_kv > 0);
   log->bytes_now = 0;
   for (i = 0; i < step->n_items; ++i) {
@@ -738,7 +743,7 @@ static void test_steps(const Fixture* f) {
   fathom_generate_params params = {
       .struct_size = sizeof params, .max_new_tokens = 9, .flags = FATHOM_GENERATE_IGNORE_EOS};
   fathom_generate_result result = {.struct_size = sizeof result};
-  fathom_memory_item items[8];
+  fathom_memory_item items[N_CATEGORIES];
   fathom_token ids[40] = {0};
   uint64_t n, now = 0;
   int i;
@@ -750,8 +755,8 @@ static void test_steps(const Fixture* f) {
   EXPECT(log.n_generate == 9 && log.n_new == 49 && log.last_tokens == 49);
   memset(items, 0, sizeof items);
   items[0].struct_size = sizeof items[0];
-  EXPECT_OK(fathom_memory_snapshot(f->engine, items, 8, &n, err));
-  for (i = 0; i < 8; ++i) now += items[i].bytes_now;
+  EXPECT_OK(fathom_memory_snapshot(f->engine, items, N_CATEGORIES, &n, err));
+  for (i = 0; i < N_CATEGORIES; ++i) now += items[i].bytes_now;
   EXPECT(now == log.bytes_now); /* the last report is what is held now */
 
   log.stop_after = 14;

@@ -150,6 +150,61 @@ TEST_CASE("ids of experts that are not here are passed over", "[cpu][experts]") 
   check_experts(test.ctx, e, r, 2, rng);
 }
 
+// The same experts on two devices at once: each keeps the rows of its pairs, and their sum has the
+// bits of one device.
+TEST_CASE("rows kept apart add up to the same bits", "[cpu][experts]") {
+  for (const cpu::Isa isa : runnable_isas()) {
+    for (const Numerics numerics : {Numerics::kExact, Numerics::kFast}) {
+      for (const int64_t n_tokens : {0, 1, 2, 7, 33}) {
+        const TestContext test = make_context(isa, numerics, 2);
+        Rng rng(45);
+        const Experts sets[] = {random_experts(rng, DType::kF32, DType::kF32, 9, 76, 20),
+                                random_experts(rng, DType::kQ4_K, DType::kQ8_0, 8, 256, 352)};
+        for (const Experts& e : sets) {
+          const int64_t n = e.gate.weight.count, hidden = e.gate.weight.cols, k = 3;
+          const Routing r = random_routing(rng, n_tokens, k, n, n);
+          const std::vector<float> x = random_values(rng, n_tokens * hidden, 0.05f);
+          std::vector<float> expected(x.size()), got(x.size(), NAN);
+          std::vector<float> rows(x.size() * static_cast<size_t>(k), NAN);
+          const auto ask = [&](const std::vector<int32_t>& ids, float* out, float* kept) {
+            const ExpertsParams p{.x = x.data(),
+                                  .n_tokens = n_tokens,
+                                  .ids = ids.data(),
+                                  .weights = r.weights.data(),
+                                  .num_experts_per_tok = k,
+                                  .gate = &e.gate.weight,
+                                  .up = &e.up.weight,
+                                  .down = &e.down.weight,
+                                  .out = out,
+                                  .n_experts = n,
+                                  .add = false,
+                                  .rows = kept};
+            const GuardedWorkspace space(cpu::workspace_bytes(test.ctx, p));
+            cpu::experts(test.ctx, space.op(), p);
+            space.check();
+          };
+          ask(r.ids, expected.data(), nullptr);
+          for (const int32_t part : {0, 1, 2}) {
+            std::vector<int32_t> ids = r.ids;
+            for (int32_t& id : ids)
+              if (id % 3 != part) id = -1;
+            ask(ids, nullptr, rows.data());
+          }
+          cpu::sum_experts(test.ctx, {.rows = rows.data(),
+                                      .ids = r.ids.data(),
+                                      .weights = r.weights.data(),
+                                      .n_tokens = n_tokens,
+                                      .num_experts_per_tok = k,
+                                      .hidden_size = hidden,
+                                      .out = got.data()});
+          INFO(test.ctx.matmul->name << " tokens " << n_tokens);
+          CHECK(std::memcmp(expected.data(), got.data(), got.size() * 4) == 0);
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("experts give the same bits with any number of threads", "[cpu][experts]") {
   for (const cpu::Isa isa : runnable_isas()) {
     for (const Numerics numerics : {Numerics::kExact, Numerics::kFast}) {

@@ -55,6 +55,10 @@ Json result_json(const RunArgs& args, const Loaded& loaded, const fathom::Sessio
       {"events", events_json(session)},
   };
   if (!result.status.ok()) json["message"] = result.status.message();
+  const fathom::ExpertCacheStats cache = loaded.model.expert_cache();
+  json["expert_cache"] = {{"experts", cache.n_experts}, {"bytes", cache.bytes},
+                          {"choices", cache.choices},   {"hits", cache.hits},
+                          {"copied", cache.copied},     {"dropped", cache.dropped}};
   return json;
 }
 
@@ -176,6 +180,14 @@ void print_statistics(const Loaded& loaded, const fathom::Session& session) {
                    rate(times.prefill_tokens, times.prefill_seconds),
                    with_commas(times.decode_tokens),
                    rate(times.decode_tokens, times.decode_seconds)));
+  if (const fathom::ExpertCacheStats cache = loaded.model.expert_cache();
+      cache.copied > 0 || cache.choices > 0)
+    note(fmt::format("expert cache: {} of {} choices from copies ({:.1f} %); holds {} experts, {}; "
+                     "{} copied, {} dropped",
+                     with_commas(cache.hits), with_commas(cache.choices),
+                     100.0 * rate(cache.hits, static_cast<double>(cache.choices)),
+                     with_commas(cache.n_experts), human_bytes(cache.bytes),
+                     with_commas(cache.copied), with_commas(cache.dropped)));
   int64_t planned = 0, peak = 0;  // the timeline's recorder is in both
   for (const fathom::DeviceMemory& device : loaded.engine.memory().devices) {
     planned += device.bytes_planned;

@@ -30,7 +30,7 @@
 namespace fathom {
 
 // Interface version; a plug-in built against another one is refused.
-inline constexpr uint32_t kBackendVersion = 2;
+inline constexpr uint32_t kBackendVersion = 3;
 
 enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
 
@@ -223,6 +223,21 @@ struct ExpertsParams {
   int64_t first_expert = 0;
   int64_t n_experts = 0;  // of the layer, on all devices; 0: gate->count
   bool add = true;  // to what out holds; otherwise the sum begins at zero in every row
+  // Where set, nothing is summed and `out` is not touched: the result of each (t, k) whose expert is
+  // here goes, without its weight, to row t * num_experts_per_tok + k, for sum_experts().  Other rows
+  // are left alone.  Only for backends with keeps_expert_rows().
+  float* rows = nullptr;  // [n_tokens, num_experts_per_tok, hidden_size]
+};
+
+// out[t] = sum_k weights[t, k] * rows[t, k], begun at zero and in ascending order of ids, one after
+// the other: the bits that experts() gives when one device has all of them.  The ids of a token
+// differ.
+struct SumExpertsParams {
+  const float* rows;     // [n_tokens, num_experts_per_tok, hidden_size]
+  const int32_t* ids;    // [n_tokens, num_experts_per_tok]
+  const float* weights;  // [n_tokens, num_experts_per_tok]
+  int64_t n_tokens, num_experts_per_tok, hidden_size;
+  float* out;  // [n_tokens, hidden_size]
 };
 
 // out[i] += x[i].
@@ -297,6 +312,10 @@ class Backend {
   virtual void ffn(const OpContext&, const FfnParams&) noexcept = 0;
   virtual void experts(const OpContext&, const ExpertsParams&) noexcept = 0;
   virtual void add(const OpContext&, const AddParams&) noexcept = 0;
+  // Whether experts() can keep its rows apart and sum_experts() adds them up: what copies of experts
+  // on a second device need (experts.cache).  A backend without it has no such copies.
+  virtual bool keeps_expert_rows() const noexcept { return false; }
+  virtual void sum_experts(const OpContext&, const SumExpertsParams&) noexcept {}
   // Waits for all operations of this context.  Errors: kDevice.
   virtual Status sync(const OpContext&) noexcept = 0;
 };

@@ -131,6 +131,15 @@ struct Config {
   // placement.goal: what the placement makes fast.
   PlacementGoal placement_goal = PlacementGoal::kDecode;
 
+  // experts.cache: bytes of copies of routed experts that each device may keep of its layers' experts
+  // that live on other devices, in memory that nothing else needs yet; the most used ones, and as the
+  // text grows they are given back before anything else is done.  The results do not change.  auto:
+  // all that is idle, on devices whose memory is not the host's.  0: none.
+  std::optional<int64_t> experts_cache;
+  // experts.cache_window: tokens after which the counts of use are halved, so that what was used
+  // lately counts most.  Default 1024.  [16, 2^31)
+  int64_t experts_cache_window = 1024;
+
   // weights.type: for plans from a bare config.json, what its weights are taken to be: bf16, f16,
   // fp8, q8_0, q4_k (llama.cpp's Q4_K_M mixture).  auto: what config.json says.  Refused for a
   // model that has weights.

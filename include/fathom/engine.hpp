@@ -134,7 +134,8 @@ class Engine {
   MemorySnapshot memory() const;
   // Peaks restart from what is held now.
   void reset_peaks() noexcept;
-  // Changes a device's budget from now on.  Below what is held: nothing is taken away at once; the
+  // Changes a device's budget from now on.  Below what is held: copies of experts (experts.cache) are
+  // dropped, at once or, when a pass uses them, before the next; nothing else is taken away, but the
   // next growth of a session climbs its ladder (kv.ladder) until it fits, or is refused.
   // Errors: kInvalidArgument.
   Status set_budget(int device, int64_t bytes);

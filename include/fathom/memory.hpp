@@ -23,12 +23,13 @@ enum class Purpose : uint8_t {
   kStaging,      // file and transfer buffers while loading or streaming
   kTokenizer,    // vocabulary and merge tables
   kRuntime,      // thread stacks, device contexts, token history
+  kExpertCache,  // copies of routed experts in memory that nothing else needs yet (experts.cache)
 };
-inline constexpr int kPurposeCount = 8;
+inline constexpr int kPurposeCount = 9;
 
 constexpr std::string_view purpose_name(Purpose purpose) noexcept {
-  constexpr std::string_view kNames[] = {"weights",   "experts", "kv",        "activations",
-                                         "workspace", "staging", "tokenizer", "runtime"};
+  constexpr std::string_view kNames[] = {"weights", "experts",   "kv",      "activations", "workspace",
+                                         "staging", "tokenizer", "runtime", "expert_cache"};
   return kNames[static_cast<int>(purpose)];
 }
 

@@ -21,6 +21,15 @@ namespace run {
 class ModelState;
 }
 
+// What copies of experts have done for a model since it was loaded (experts.cache).
+struct ExpertCacheStats {
+  int64_t n_experts = 0, bytes = 0;  // copies held now
+  // Experts chosen by tokens in layers that keep copies, in passes short enough to look for them
+  // (steps, batches, short prompts), and how many of them were computed from copies.
+  int64_t choices = 0, hits = 0;
+  int64_t copied = 0, dropped = 0;  // experts, a replaced one in both
+};
+
 class Model {
  public:
   // Plans and loads with an engine made for `config`.  `path`: a .gguf (the first of a split), a
@@ -43,6 +52,7 @@ class Model {
   int64_t n_params() const noexcept;         // all weights
   int64_t n_params_active() const noexcept;  // those a token passes through
   int64_t weight_bytes() const noexcept;     // held, all devices
+  ExpertCacheStats expert_cache() const noexcept;  // zeros where nothing is copied
 
   explicit Model(std::shared_ptr<run::ModelState>) noexcept;
   const std::shared_ptr<run::ModelState>& state() const noexcept { return state_; }

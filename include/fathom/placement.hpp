@@ -37,7 +37,14 @@ struct Placement {
   int embed_device = 0;
   int head_device = 0;  // final norm and output head
   std::vector<LayerPlacement> layers;
+  // By device: whether it keeps copies of experts of its layers that live elsewhere, while it has
+  // memory that nothing else needs (experts.cache); empty: none does.
+  std::vector<bool> keeps_copies;
 
+  bool has_copies(int device) const noexcept {
+    return static_cast<size_t>(device) < keeps_copies.size() &&
+           keeps_copies[static_cast<size_t>(device)];
+  }
   // Everything of a layer on the device named for it; embedding and head with the first and last
   // layer.  `layer_device` [num_hidden_layers].
   static Placement by_layer(const ModelConfig& config, const std::vector<int>& layer_device);

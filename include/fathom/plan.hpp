@@ -45,6 +45,11 @@ struct PlanDevice {
   // Predicted seconds of work in a full prefill chunk and in a decode step at the end of the
   // context.
   double prefill_seconds = 0, decode_seconds = 0;
+  // The most that copies of experts may take, while the text is short; `bytes` has what of it stays
+  // at max_context.  0: the device keeps none.
+  int64_t expert_cache_bytes = 0;
+  // On the host: what that cache takes for its tables, and for reading.
+  int64_t copy_runtime_bytes = 0, copy_staging_bytes = 0;
   // With by_ladder: cache bytes at max_context that the budget does not hold; the ladder moves
   // them to other tiers or saves them by rewriting pages.  All sessions.
   int64_t kv_moved_bytes = 0;
@@ -62,7 +67,7 @@ struct PlanDevice {
     return peak;
   }
   int64_t planned(Purpose purpose) const noexcept {  // the most over the phases
-    int64_t most = 0;
+    int64_t most = purpose == Purpose::kExpertCache ? expert_cache_bytes : 0;
     for (const auto& phase : bytes) most = std::max(most, phase[static_cast<size_t>(purpose)]);
     return most;
   }

@@ -1,5 +1,6 @@
 // A MoE layer whose routed experts live on other devices than its attention, and what goes over.
 #include <algorithm>
+#include <array>
 
 #include "layers.h"
 #include "transfer.h"
@@ -34,6 +35,58 @@ Status transfer(Backend& from, const void* source, Backend& to, void* target, in
 
 namespace {
 
+// What a pass has chosen, in host memory.
+struct Choices {
+  int64_t n_pairs = 0, n_found = 0;     // found among the copies
+  std::array<int32_t, kCopyPairs> ids;  // [n_pairs]
+  // The same by whose they are, -1 elsewhere: those with copies, and those of other devices.
+  std::array<int32_t, kCopyPairs> copied, missing;
+
+  bool any_missing(const ExpertSpan& span) const noexcept {
+    return std::any_of(missing.begin(), missing.begin() + n_pairs, [&](int32_t id) {
+      return id >= span.first && id < span.first + span.count;
+    });
+  }
+};
+
+// Tells `copies` what was chosen and, for a pass short enough, looks what of it they have.
+Status look_up(const Step& s, size_t layer, ExpertCopies& copies, Choices& choices) noexcept {
+  const int64_t n_pairs = s.n_tokens * s.config.num_experts_per_tok;
+  const bool looks = n_pairs <= kCopyPairs;
+  for (int64_t first = 0; first < n_pairs; first += kCopyPairs) {
+    const int64_t n = std::min(kCopyPairs, n_pairs - first);
+    FATHOM_TRY(s.device.download(choices.ids.data(), s.scratch.expert_ids + first,
+                                 n * static_cast<int64_t>(sizeof(int32_t))));
+    for (int64_t i = 0; i < n && looks; ++i) {
+      const auto at = static_cast<size_t>(i);
+      const bool found = copies.has(layer, choices.ids[at]);
+      choices.copied[at] = found ? choices.ids[at] : -1;
+      choices.missing[at] = found ? -1 : choices.ids[at];
+      choices.n_found += found;
+    }
+    copies.used(layer, {choices.ids.data(), static_cast<size_t>(n)}, looks, choices.n_found);
+  }
+  choices.n_pairs = looks ? n_pairs : 0;
+  return {};
+}
+
+// The rows of the pairs of `experts` that `ids` names, apart.
+void keep_rows(const Step& s, const ExpertWeights& experts, const int32_t* ids) noexcept {
+  const Scratch& b = s.scratch;
+  s.device.experts(s.op, {.x = b.x_norm,
+                          .n_tokens = s.n_tokens,
+                          .ids = ids,
+                          .weights = b.expert_weights,
+                          .num_experts_per_tok = s.config.num_experts_per_tok,
+                          .gate = &experts.gate,
+                          .up = &experts.up,
+                          .down = &experts.down,
+                          .out = nullptr,
+                          .first_expert = experts.first,
+                          .n_experts = s.config.n_routed_experts,
+                          .rows = b.expert_rows});
+}
+
 // The hidden rows of a pass and the experts chosen for them, from the layer's device to another.
 Status send_rows(const Step& s, const Stage& guest, std::byte* staging) noexcept {
   const Scratch& from = s.scratch;
@@ -47,10 +100,88 @@ Status send_rows(const Step& s, const Stage& guest, std::byte* staging) noexcept
   return copy(from.expert_weights, to.expert_weights, choices);
 }
 
+// Rows of the pairs that `device` has computed, from there home; neighbours in one copy.
+Status bring_rows(const Step& s, const Choices& choices, const LayerPlacement& placement,
+                  int device, const Stage& guest, std::byte* staging) noexcept {
+  const int64_t hidden = s.config.hidden_size;
+  const auto there = [&](int64_t pair) {
+    const int32_t id = choices.missing[static_cast<size_t>(pair)];
+    return std::any_of(placement.experts.begin(), placement.experts.end(), [&](const auto& span) {
+      return span.device == device && id >= span.first && id < span.first + span.count;
+    });
+  };
+  for (int64_t pair = 0; pair < choices.n_pairs;) {
+    int64_t end = pair;
+    while (end < choices.n_pairs && there(end)) ++end;
+    if (end > pair)
+      FATHOM_TRY(transfer(*guest.device, guest.scratch.expert_rows + pair * hidden, s.device,
+                          s.scratch.expert_rows + pair * hidden, (end - pair) * hidden * 4,
+                          staging));
+    pair = std::max(end, pair + 1);
+  }
+  return {};
+}
+
+// All devices at once, each with the rows of its pairs; then the sum, in the order of one device.
+Status add_from_rows(const Step& s, const LayerWeights& w, const LayerPlacement& placement,
+                     std::span<const Stage> stages, std::byte* staging, const ExpertWeights& copies,
+                     const Choices& choices) noexcept {
+  const Scratch& b = s.scratch;
+  const int64_t n = s.n_tokens, ids_bytes = choices.n_pairs * 4;
+  const auto n_devices = static_cast<int>(stages.size());
+  const auto has_work = [&](int device, const ExpertSpan& span) {
+    return span.device == device && choices.any_missing(span);
+  };
+  // body(device, stage) for the other devices that have something to compute.
+  const auto for_guests = [&](auto&& body) -> Status {
+    for (int device = 0; device < n_devices; ++device)
+      if (device != placement.device &&
+          std::any_of(placement.experts.begin(), placement.experts.end(),
+                      [&](const ExpertSpan& span) { return has_work(device, span); }))
+        FATHOM_TRY(body(device, stages[static_cast<size_t>(device)]));
+    return {};
+  };
+  const auto add_spans = [&](const Step& there, int device, const int32_t* ids) {
+    for (size_t i = 0; i < placement.experts.size(); ++i)
+      if (has_work(device, placement.experts[i])) keep_rows(there, w.experts[i], ids);
+  };
+
+  FATHOM_TRY(for_guests([&](int, const Stage& guest) -> Status {
+    FATHOM_TRY(transfer(s.device, b.x_norm, *guest.device, guest.scratch.x_norm,
+                        n * s.config.hidden_size * 4, staging));
+    return guest.device->upload(guest.scratch.expert_ids, choices.missing.data(), ids_bytes);
+  }));
+  // Queued at home before others are waited for.
+  FATHOM_TRY(s.device.upload(b.copied_ids, choices.copied.data(), ids_bytes));
+  keep_rows(s, copies, b.copied_ids);
+  add_spans(s, placement.device, b.expert_ids);
+  add_own_network(s, w);
+  FATHOM_TRY(for_guests([&](int device, const Stage& guest) -> Status {
+    const Step there{*guest.device, guest.op,   s.config,    s.rope,
+                     guest.scratch, s.n_tokens, s.sequences, s.form};
+    add_spans(there, device, guest.scratch.expert_ids);
+    return {};
+  }));
+  FATHOM_TRY(for_guests([&](int device, const Stage& guest) -> Status {
+    FATHOM_TRY(guest.device->sync(guest.op));
+    return bring_rows(s, choices, placement, device, guest, staging);
+  }));
+  s.device.sum_experts(s.op, {.rows = b.expert_rows,
+                              .ids = b.expert_ids,
+                              .weights = b.expert_weights,
+                              .n_tokens = n,
+                              .num_experts_per_tok = s.config.num_experts_per_tok,
+                              .hidden_size = s.config.hidden_size,
+                              .out = b.routed});
+  add_routed(s);
+  return {};
+}
+
 }  // namespace
 
-Status feed_forward_apart(const Step& s, const LayerWeights& w, const LayerPlacement& placement,
-                          std::span<const Stage> stages, std::byte* staging) noexcept {
+Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
+                          const LayerPlacement& placement, std::span<const Stage> stages,
+                          std::byte* staging, ExpertCopies* copies) noexcept {
   const int64_t sum_bytes = s.n_tokens * s.config.hidden_size * static_cast<int64_t>(sizeof(float));
   const auto stage_of = [&](int device) -> const Stage& {
     return stages[static_cast<size_t>(device)];
@@ -59,6 +190,11 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, const LayerPlace
 
   choose_experts(s, w);
   FATHOM_TRY(s.device.sync(s.op));
+  if (const ExpertWeights* kept = copies != nullptr ? copies->copies(layer) : nullptr) {
+    Choices choices;
+    FATHOM_TRY(look_up(s, layer, *copies, choices));
+    if (choices.n_found > 0) return add_from_rows(s, w, placement, stages, staging, *kept, choices);
+  }
   for (size_t i = 0; i < placement.experts.size(); ++i) {
     const ExpertSpan& span = placement.experts[i];
     const bool sent = std::any_of(placement.experts.begin(),
@@ -85,8 +221,8 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, const LayerPlace
       add_own_network(s, w);
       own_queued = true;
     }
-    const Step there{*stage.device, stage.op,    s.config, s.rope, stage.scratch,
-                     s.n_tokens,    s.sequences, s.form};
+    const Step there{*stage.device, stage.op,   s.config,    s.rope,
+                     stage.scratch, s.n_tokens, s.sequences, s.form};
     add_experts(there, w.experts[i], /*begin=*/i == 0);
   }
   if (!own_queued) add_own_network(s, w);

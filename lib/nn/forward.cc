@@ -95,7 +95,7 @@ Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_lay
         return brought;
       }
     if (experts_apart(place))
-      FATHOM_TRY(feed_forward_apart(step, w, place, p.stages, p.staging));
+      FATHOM_TRY(feed_forward_apart(step, w, l, place, p.stages, p.staging, p.copies));
     else
       feed_forward(step, w, c.is_moe_layer(static_cast<int64_t>(l)));
     if (p.trace) FATHOM_TRY(trace_layer(p, stage, static_cast<int64_t>(l)));

@@ -26,6 +26,7 @@ struct ForwardParams {
   bool (*cancelled)(void* arg) = nullptr;
   void* cancelled_arg = nullptr;
   const Trace* trace = nullptr;
+  ExpertCopies* copies = nullptr;  // none: every expert is where the placement says
 };
 
 // Runs the pass; the residual stream stays in scratch.x of the last layer's device.  Writes cache rows but

@@ -17,6 +17,8 @@ namespace fathom::nn {
 // Rows of queries that the absorbed form takes at a time: its latent queries are 576 columns per
 // head, so longer blocks would cost more scratch than they save time.
 inline constexpr int64_t kAbsorbedRows = 32;
+// Longer passes do without copies of experts: they read nearly all of them wherever they are.
+inline constexpr int64_t kCopyPairs = 256;
 // Rows of logits computed at a time when all positions are wanted.
 inline constexpr int64_t kLogitRows = 8;
 
@@ -26,9 +28,10 @@ struct DeviceRoles {
   bool layers = false;  // attention and what goes with it
   bool guests = false;  // routed experts of layers that live elsewhere
   bool head = false;    // final norm and logits
+  bool copies = false;  // experts of a layer that keeps copies of those elsewhere, there or here
 
   static DeviceRoles of(const Placement& placement, int device) noexcept;
-  static constexpr DeviceRoles all() noexcept { return {true, true, true, true}; }
+  static constexpr DeviceRoles all() noexcept { return {true, true, true, true, false}; }
 };
 
 // Buffers of one pass over n_tokens rows on one device; those that its roles do not need are empty.
@@ -55,6 +58,9 @@ struct Scratch {
   int32_t* expert_ids;    // [n_tokens, num_experts_per_tok]
   float* expert_weights;  // [n_tokens, num_experts_per_tok]
   float* routed;          // [n_tokens, hidden_size] sum over the routed experts
+  // Passes of up to kCopyPairs (token, k) pairs, where experts have copies.
+  float* expert_rows;   // [n_tokens, num_experts_per_tok, hidden_size] before they are added up
+  int32_t* copied_ids;  // [n_tokens, num_experts_per_tok] -1: not among the copies
 
   static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens,
                        const DeviceRoles& roles = DeviceRoles::all());
@@ -142,13 +148,33 @@ void add_experts(const Step& step, const ExpertWeights& experts, bool begin) noe
 void add_own_network(const Step& step, const LayerWeights& weights) noexcept;
 void add_routed(const Step& step) noexcept;
 
+// Copies of routed experts on the device of their layer, beside the experts that the placement put
+// elsewhere; who keeps them: lib/run/expert_cache.h.
+class ExpertCopies {
+ public:
+  // The copies of a layer as all its experts, of which only those may be used that has() names; null:
+  // the layer keeps none.
+  virtual const ExpertWeights* copies(size_t layer) const noexcept = 0;
+  virtual bool has(size_t layer, int32_t expert) const noexcept = 0;
+  // What a pass has chosen in a layer, -1s aside; `looked`: whether copies were looked for, and how
+  // many of these were found.
+  virtual void used(size_t layer, std::span<const int32_t> ids, bool looked,
+                    int64_t n_found) noexcept = 0;
+
+ protected:
+  ~ExpertCopies() = default;
+};
+
 // feed_forward() of a MoE layer on stage `home` whose experts are where their spans say: hidden
 // rows and choices go over, the sum comes back, handed on from span to span in ascending order, so
 // that its bits are those of one device.  The shared experts run meanwhile.  `stages` are counted
-// as the devices of the placement; `staging`: see transfer.h.  Errors: kDevice.
-Status feed_forward_apart(const Step& step, const LayerWeights& weights,
+// as the devices of the placement; `staging`: see transfer.h.
+//
+// Where the layer keeps copies of chosen experts, all devices work at once: each keeps the rows of
+// its (token, k) pairs apart, they are brought home and added up in the same order.  Errors: kDevice.
+Status feed_forward_apart(const Step& step, const LayerWeights& weights, size_t layer,
                           const LayerPlacement& placement, std::span<const Stage> stages,
-                          std::byte* staging) noexcept;
+                          std::byte* staging, ExpertCopies* copies = nullptr) noexcept;
 
 // scratch.logits[i, :] = head . norm(x[first_row + i, :]) for n_rows <= kLogitRows rows.
 void logits(const Step& step, const Weights& weights, int64_t first_row, int64_t n_rows) noexcept;

@@ -91,6 +91,28 @@ class MeasuringBackend final : public Backend {
 
 }  // namespace
 
+namespace {
+
+// The copies of a layer, by the longest pass that uses them.
+void measure_copies(MeasuringBackend& measuring, const ModelConfig& config, const Backend& device,
+                    const LayerWeights& w, int64_t n_tokens) {
+  const int64_t k = config.num_experts_per_tok, n = std::min(n_tokens, kCopyPairs / k);
+  const auto copies = experts_on(device, w, config.n_routed_experts);
+  if (!copies.ok() || n == 0) return;
+  measuring.experts({}, {.x = nullptr,
+                         .n_tokens = n,
+                         .ids = nullptr,
+                         .weights = nullptr,
+                         .num_experts_per_tok = k,
+                         .gate = &copies->gate,
+                         .up = &copies->up,
+                         .down = &copies->down,
+                         .out = nullptr,
+                         .n_experts = config.n_routed_experts});
+}
+
+}  // namespace
+
 int64_t measure_workspace(const Backend& device, int index, const ModelConfig& config,
                           const Weights& weights, const Placement& placement, int64_t max_tokens,
                           KvType kv_type, int64_t page_tokens) {
@@ -119,6 +141,8 @@ int64_t measure_workspace(const Backend& device, int index, const ModelConfig& c
       }
       for (size_t i = 0; i < place.experts.size(); ++i)
         if (place.experts[i].device == index) add_experts(step, w.experts[i], /*begin=*/i == 0);
+      if (here && !place.experts.empty() && placement.has_copies(index))
+        measure_copies(measuring, config, device, w, n);
     }
     if (roles.head) {
       logits(step, weights, 0, std::min(n, kLogitRows));

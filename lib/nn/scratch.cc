@@ -6,11 +6,15 @@ namespace fathom::nn {
 
 DeviceRoles DeviceRoles::of(const Placement& placement, int device) noexcept {
   DeviceRoles roles{.embed = placement.embed_device == device,
-                    .head = placement.head_device == device};
+                    .head = placement.head_device == device,
+                    .copies = placement.has_copies(device)};
   for (const LayerPlacement& layer : placement.layers) {
     if (layer.device == device) roles.layers = true;
     for (const ExpertSpan& span : layer.experts)
-      if (span.device == device && layer.device != device) roles.guests = true;
+      if (span.device == device && layer.device != device) {
+        roles.guests = true;
+        roles.copies |= placement.has_copies(layer.device);
+      }
   }
   return roles;
 }
@@ -55,6 +59,9 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
     s.expert_ids = arena.take<int32_t>(n * c.num_experts_per_tok);
     s.expert_weights = arena.take<float>(n * c.num_experts_per_tok);
     s.routed = arena.take<float>(n * c.hidden_size);
+    const int64_t pairs = std::min(n * c.num_experts_per_tok, kCopyPairs);
+    s.expert_rows = floats(roles.copies, pairs * c.hidden_size);
+    if (roles.copies) s.copied_ids = arena.take<int32_t>(pairs);
   }
   arena.rewind(mark);
   return s;

@@ -55,60 +55,81 @@ void WeightMap::carve(int device, Purpose purpose, Arena& arena) {
   if (head_is_embed_) weights_->head = weights_->embed;
 }
 
+int64_t staging_bytes(const WeightItem& item) noexcept {
+  Arena arena;
+  carve_staging(item, arena);
+  return arena.peak_bytes();
+}
+
 int64_t WeightMap::staging_bytes() const noexcept {
   int64_t most = 0;
-  for (const WeightItem& item : items_) {
-    Arena arena;
-    carve_staging(item, arena);
-    most = std::max(most, arena.peak_bytes());
-  }
+  for (const WeightItem& item : items_) most = std::max(most, nn::staging_bytes(item));
   return most;
+}
+
+Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t index,
+                   const Weight& target, int64_t at, Backend& device,
+                   std::span<std::byte> staging, const std::function<bool(int64_t)>& on_bytes,
+                   bool scales_read) {
+  Arena arena(staging.data(), static_cast<int64_t>(staging.size()));
+  const Staging s = carve_staging(item, arena);
+  const int64_t row_size = file_row_bytes(item), cols = item.weight.cols;
+  const int64_t scale_cols = (cols + 127) / 128;
+  const RowSource& source = item.rows[index];
+  if (source.scales != nullptr && !scales_read)
+    FATHOM_TRY(file.read(*source.scales, 0,
+                         std::as_writable_bytes(std::span(
+                             s.scales, static_cast<size_t>(source.scales->elements())))));
+  if (item.weight.block_scaled)
+    FATHOM_TRY(device.store_scales(target, at, s.scales + source.first_row / 128 * scale_cols));
+
+  const int64_t step = staging_rows(item);
+  for (int64_t row = 0; row < item.weight.rows; row += step) {
+    const int64_t n = std::min(step, item.weight.rows - row);
+    const int64_t file_row = source.first_row + row;
+    FATHOM_TRY(file.read(*source.tensor, file_row * row_size,
+                         {s.raw, static_cast<size_t>(n * row_size)}));
+    const void* rows = s.raw;
+    if (item.to_f32) {
+      dequantize(source.tensor->dtype, s.raw, n * cols, s.f32);
+      if (source.scales != nullptr)
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t c = 0; c < cols; ++c)
+            s.f32[r * cols + c] *= s.scales[(file_row + r) / 128 * scale_cols + c / 128];
+      rows = s.f32;
+    }
+    if (item.vector != nullptr) {
+      FATHOM_TRY(device.upload(const_cast<float*>(*item.vector), rows, cols * 4));
+    } else {
+      FATHOM_TRY(device.store_rows(target, at, row, n, rows));
+    }
+    if (on_bytes && !on_bytes(n * row_size))
+      return Status(Code::kCancelled, "loading was cancelled");
+  }
+  return {};
 }
 
 Status WeightMap::load(const io::TensorFile& file, const WeightItem& item, Backend& device,
                        std::span<std::byte> staging,
                        const std::function<bool(int64_t)>& on_bytes) const {
-  Arena arena(staging.data(), static_cast<int64_t>(staging.size()));
-  const Staging s = carve_staging(item, arena);
-  const int64_t row_size = file_row_bytes(item), cols = item.weight.cols;
-  const int64_t scale_cols = (cols + 127) / 128;
-
   for (size_t index = 0; index < item.rows.size(); ++index) {
-    const RowSource& source = item.rows[index];
-    const bool new_scales = index == 0 || source.scales != item.rows[index - 1].scales;
-    if (source.scales != nullptr && new_scales)
-      FATHOM_TRY(file.read(*source.scales, 0,
-                           std::as_writable_bytes(std::span(
-                               s.scales, static_cast<size_t>(source.scales->elements())))));
-    if (item.weight.block_scaled)
-      FATHOM_TRY(device.store_scales(item.weight, static_cast<int64_t>(index),
-                                     s.scales + source.first_row / 128 * scale_cols));
-
-    const int64_t step = staging_rows(item);
-    for (int64_t row = 0; row < item.weight.rows; row += step) {
-      const int64_t n = std::min(step, item.weight.rows - row);
-      const int64_t file_row = source.first_row + row;
-      FATHOM_TRY(file.read(*source.tensor, file_row * row_size,
-                           {s.raw, static_cast<size_t>(n * row_size)}));
-      const void* rows = s.raw;
-      if (item.to_f32) {
-        dequantize(source.tensor->dtype, s.raw, n * cols, s.f32);
-        if (source.scales != nullptr)
-          for (int64_t r = 0; r < n; ++r)
-            for (int64_t c = 0; c < cols; ++c)
-              s.f32[r * cols + c] *= s.scales[(file_row + r) / 128 * scale_cols + c / 128];
-        rows = s.f32;
-      }
-      if (item.vector != nullptr) {
-        FATHOM_TRY(device.upload(const_cast<float*>(*item.vector), rows, cols * 4));
-      } else {
-        FATHOM_TRY(device.store_rows(item.weight, static_cast<int64_t>(index), row, n, rows));
-      }
-      if (on_bytes && !on_bytes(n * row_size))
-        return Status(Code::kCancelled, "loading was cancelled");
-    }
+    const bool same_scales = index > 0 && item.rows[index].scales == item.rows[index - 1].scales;
+    FATHOM_TRY(load_matrix(file, item, index, item.weight, static_cast<int64_t>(index), device,
+                           staging, on_bytes, same_scales));
   }
   return {};
+}
+
+Result<ExpertWeights> experts_on(const Backend& device, const LayerWeights& layer,
+                                 int64_t n_experts) {
+  ExpertWeights out = layer.experts.front();
+  out.first = 0;
+  for (Weight* w : {&out.gate, &out.up, &out.down}) {
+    w->data = nullptr;
+    w->count = n_experts;
+    FATHOM_TRY(device.weight_layout(*w));
+  }
+  return out;
 }
 
 int64_t WeightMap::file_bytes() const noexcept {

@@ -60,6 +60,11 @@ struct Weights {
   std::vector<LayerWeights> layers;
 };
 
+// The routed experts of a layer as `device` lays them out: all n_experts of them, data null.
+// Errors: kUnsupported for a type without kernels there.
+Result<ExpertWeights> experts_on(const Backend& device, const LayerWeights& layer,
+                                 int64_t n_experts);
+
 // Rows of the file that make one stored matrix.
 struct RowSource {
   const io::TensorInfo* tensor = nullptr;  // seen as [elements / cols, cols]
@@ -78,6 +83,17 @@ struct WeightItem {
   Weight* target = nullptr;     // set by carve(); null for vectors
   const float** vector = nullptr;
 };
+
+// Host memory that load_matrix() needs for reading and converting rows.
+int64_t staging_bytes(const WeightItem& item) noexcept;
+// Reads and converts matrix `index` of `item` and stores it as matrix `at` of `target`, which has the
+// item's shape and type, in the layout of `device`.  `on_bytes(n)` is called after every n bytes read
+// and returns false to cancel; may be empty.  `scales_read`: the block scales of this matrix's tensor
+// are in `staging` from the call before.  Errors: kIo, kCancelled, kDevice.
+Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t index,
+                   const Weight& target, int64_t at, Backend& device,
+                   std::span<std::byte> staging, const std::function<bool(int64_t)>& on_bytes,
+                   bool scales_read = false);
 
 class WeightMap {
  public:

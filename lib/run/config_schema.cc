@@ -371,6 +371,21 @@ constexpr Setting kSettings[] = {
          .memory = "which device holds what",
          .text = "What the placement over several devices makes fast: a step of decode, the prompt "
                  "(prefill), or both (mix)."}),
+    row<&Config::experts_cache>(
+        {.key = "experts.cache",
+         .unit = "bytes",
+         .max = kMaxBudget,
+         .memory = "what is idle of a device's budget, given back as the text grows",
+         .text = "Bytes of copies of the most used routed experts that a device may keep of layers "
+                 "whose experts live elsewhere; auto: all that is idle on devices with memory of "
+                 "their own; 0: none."}),
+    row<&Config::experts_cache_window>(
+        {.key = "experts.cache_window",
+         .unit = "tokens",
+         .min = 16,
+         .max = kMaxTokens,
+         .memory = "none",
+         .text = "Tokens after which the counts of the experts' use are halved."}),
     row<&Config::weights_type>(
         {.key = "weights.type",
          .choices = kWeightsTypes,

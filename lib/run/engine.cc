@@ -212,6 +212,7 @@ Status Engine::set_budget(int device, int64_t bytes) {
   if (bytes < 0)
     return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
   state_->ledger.set_budget(device, bytes);
+  state_->ledger.take_back(device, 0, /*wait=*/false);
   state_->timeline.mark("budget", fmt::format("{}: {} bytes", this->device(device).name(), bytes),
                         0, 0);
   return {};
@@ -221,6 +222,7 @@ Status Engine::set_host_budget(int64_t bytes) {
   if (bytes < 0)
     return Status(Code::kInvalidArgument, fmt::format("a budget of {} bytes is negative", bytes));
   state_->ledger.set_host_budget(bytes);
+  state_->ledger.take_back(state_->host_device, 0, /*wait=*/false);
   state_->timeline.mark("budget", fmt::format("host: {} bytes", bytes), 0, 0);
   return {};
 }

@@ -120,7 +120,8 @@ Forecast Session::forecast() const {
               .budget_bytes = device.budget_bytes,
               .bytes_now = device.bytes_now};
     budget.n_tokens_end = s.cache.pages().tokens_within(
-        std::span(&d, 1), device.budget_bytes - device.bytes_now);
+        std::span(&d, 1),
+        device.budget_bytes - device.bytes_now + memory.item(d, Purpose::kExpertCache).bytes_now);
     run::tell_then(s, std::span(&d, 1), budget);
   }
   if (!host.empty()) {
@@ -129,8 +130,10 @@ Forecast Session::forecast() const {
               .device = -1,
               .budget_bytes = memory.host_budget_bytes,
               .bytes_now = memory.host_bytes_now};
+    int64_t lent = 0;  // copies of experts make room
+    for (const int d : host) lent += memory.item(d, Purpose::kExpertCache).bytes_now;
     budget.n_tokens_end = s.cache.pages().tokens_within(
-        host, memory.host_budget_bytes - memory.host_bytes_now);
+        host, memory.host_budget_bytes - memory.host_bytes_now + lent);
     run::tell_then(s, host, budget);
   }
   forecast.n_tokens_end = forecast.max_tokens;

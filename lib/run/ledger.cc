@@ -80,6 +80,22 @@ int64_t Ledger::host_available() const noexcept {
   return std::max<int64_t>(host_budget_ - host_now_, 0);
 }
 
+int64_t Ledger::room(int device) const noexcept {
+  std::lock_guard lock(mutex_);
+  const Account& account = accounts_[static_cast<size_t>(device)];
+  int64_t left = account.device.budget_bytes - account.total.now;
+  if (account.device.is_host) left = std::min(left, host_budget_ - host_now_);
+  if (account.total.planned > 0) left = std::min(left, account.total.planned - account.total.now);
+  return left;
+}
+
+int64_t Ledger::still_planned(int device, Purpose purpose) const noexcept {
+  std::lock_guard lock(mutex_);
+  const Count& count =
+      accounts_[static_cast<size_t>(device)].purposes[static_cast<size_t>(purpose)];
+  return std::max<int64_t>(count.planned - count.now, 0);
+}
+
 int64_t Ledger::budget(int device) const noexcept {
   std::lock_guard lock(mutex_);
   return accounts_[static_cast<size_t>(device)].device.budget_bytes;
@@ -148,6 +164,23 @@ void Ledger::refresh(MemorySnapshot& picture) const noexcept {
       item.bytes_planned = account.purposes[p].planned;
     }
   }
+}
+
+void Ledger::add_lender(LedgerLender* lender) {
+  std::lock_guard lock(lenders_mutex_);
+  lenders_.push_back(lender);
+}
+
+void Ledger::remove_lender(LedgerLender* lender) noexcept {
+  std::lock_guard lock(lenders_mutex_);
+  std::erase(lenders_, lender);
+}
+
+int64_t Ledger::take_back(int device, int64_t bytes, bool wait) noexcept {
+  std::lock_guard lock(lenders_mutex_);
+  int64_t released = 0;
+  for (LedgerLender* lender : lenders_) released += lender->give_back(device, bytes, wait);
+  return released;
 }
 
 void Ledger::watch(LedgerWatcher* watcher) noexcept {

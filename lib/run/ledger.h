@@ -31,6 +31,18 @@ class LedgerWatcher {
   ~LedgerWatcher() = default;
 };
 
+// Holds memory only as long as nobody else needs it.
+class LedgerLender {
+ public:
+  // Releases memory of a device, or of the host's other devices where their sum binds, until `bytes`
+  // more can be acquired there or it holds nothing.  `wait`: for passes that use what it holds; else
+  // only what can be given at once.  Returns the bytes released.  Called without the ledger's lock.
+  virtual int64_t give_back(int device, int64_t bytes, bool wait) noexcept = 0;
+
+ protected:
+  ~LedgerLender() = default;
+};
+
 class Ledger {
  public:
   static constexpr int64_t kUnlimited = INT64_MAX;
@@ -46,6 +58,11 @@ class Ledger {
   // What could still be acquired on a device, its own budget and the host's considered.
   int64_t available(int device) const noexcept;
   int64_t host_available() const noexcept;  // over all host devices
+  // The same, bound also by what the plans of the loaded models say of the device at most; negative
+  // when more than that is held.
+  int64_t room(int device) const noexcept;
+  // What the plans say of a purpose beyond what it holds now.
+  int64_t still_planned(int device, Purpose purpose) const noexcept;
   int64_t budget(int device) const noexcept;
   bool is_host(int device) const noexcept {
     return accounts_[static_cast<size_t>(device)].device.is_host;
@@ -63,6 +80,12 @@ class Ledger {
   void refresh(MemorySnapshot& picture) const noexcept;
   // From now on; null: nobody.  It must outlive the ledger or be taken back.
   void watch(LedgerWatcher* watcher) noexcept;
+  // Who is asked to give memory back; it is taken off the list before it ends.
+  void add_lender(LedgerLender* lender);
+  void remove_lender(LedgerLender* lender) noexcept;
+  // Has lenders release memory so that `bytes` more can be acquired; the bytes released, which may
+  // be too few.
+  int64_t take_back(int device, int64_t bytes, bool wait) noexcept;
 
  private:
   struct Count {
@@ -81,6 +104,8 @@ class Ledger {
   int64_t host_now_ = 0;
   MemoryObserver observer_;
   LedgerWatcher* watcher_ = nullptr;
+  std::mutex lenders_mutex_;  // taken before mutex_
+  std::vector<LedgerLender*> lenders_;
 };
 
 }  // namespace fathom::run

@@ -34,6 +34,17 @@ MemoryRange::~MemoryRange() {
 
 Status MemoryRange::commit(int64_t offset, int64_t bytes) {
   if (bytes == 0) return {};
+  for (;;) {
+    Status refused = try_commit(offset, bytes);
+    if (refused.ok() || purpose_ == Purpose::kExpertCache) return refused;
+    // What system or host refuses although the ledger has it must really become less.
+    const int64_t free =
+        refused.code() == Code::kBudget ? 0 : std::max<int64_t>(ledger_->room(device_), 0);
+    if (ledger_->take_back(device_, free + bytes, /*wait=*/true) == 0) return refused;
+  }
+}
+
+Status MemoryRange::try_commit(int64_t offset, int64_t bytes) {
   FATHOM_TRY(ledger_->acquire(device_, purpose_, bytes));
   if (Status s = backend_->commit(base_, offset, bytes); !s.ok()) {
     ledger_->release(device_, purpose_, bytes);

@@ -36,7 +36,8 @@ class MemoryRange {
   ~MemoryRange();
 
   // offset and bytes are multiples of the granularity; the part is not committed yet (commit) or
-  // wholly committed (decommit).  Errors of commit: kBudget, kCallback, kMemory; nothing changed.
+  // wholly committed (decommit).  A commit that is refused has lenders give memory back (not for what
+  // is lent itself) and asks again.  Errors of commit: kBudget, kCallback, kMemory; nothing changed.
   Status commit(int64_t offset, int64_t bytes);
   void decommit(int64_t offset, int64_t bytes) noexcept;
   // Of a range that is committed from its beginning on: room for `bytes` and no more.  Errors: as
@@ -49,6 +50,7 @@ class MemoryRange {
 
  private:
   void swap(MemoryRange& other) noexcept;
+  Status try_commit(int64_t offset, int64_t bytes);
 
   Backend* backend_ = nullptr;
   Ledger* ledger_ = nullptr;

@@ -105,16 +105,22 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   engine.state()->timeline.begin_load(run::shown(std::string_view(plan.model_path).substr(name)));
   auto model = std::make_shared<ModelState>(engine);
   model->plan = plan;
+  model->metadata = file.metadata();
   model->rope = nn::make_rope(plan.model);
   FATHOM_TRY_ASSIGN(auto map,
                     nn::WeightMap::create(file, plan.placement, engine.state()->devices));
   FATHOM_TRY(load_tokenizer(*model, std::move(planner.tokenizer())));
   FATHOM_TRY(load_weights(*model, file, map, options));
 
+  const bool copies = std::any_of(plan.devices.begin(), plan.devices.end(),
+                                  [](const PlanDevice& d) { return d.expert_cache_bytes > 0; });
+  if (copies) {
+    FATHOM_TRY_ASSIGN(model->copies, run::ExpertCache::create(*engine.state(), model->gate, plan,
+                                                              planner.take_file(), map));
+  }
   model->n_params = map.n_params();
   model->n_params_active = map.n_params_active(plan.model);
   model->load_report = plan.remarks;
-  model->metadata = file.metadata();
   model->weights = std::move(map).take_weights();
   model->book_plan(1);
   for (const std::string& line : model->load_report) engine.state()->log(LogLevel::kInfo, line);
@@ -174,6 +180,9 @@ int64_t Model::n_params() const noexcept {
 }
 int64_t Model::n_params_active() const noexcept {
   return state_->n_params_active;
+}
+ExpertCacheStats Model::expert_cache() const noexcept {
+  return state_->copies ? state_->copies->stats() : ExpertCacheStats{};
 }
 int64_t Model::weight_bytes() const noexcept {
   int64_t bytes = 0;

@@ -9,6 +9,7 @@
 #include "../nn/rope.h"
 #include "../nn/weights.h"
 #include "engine_state.h"
+#include "expert_cache.h"
 #include "fathom/engine.hpp"
 #include "fathom/plan.hpp"
 #include "fathom/tokenizer.hpp"
@@ -30,6 +31,8 @@ class ModelState {
   std::vector<std::pair<std::string, std::string>> metadata;
   int64_t n_params = 0, n_params_active = 0;
   bool plan_booked = false;  // the plan's bytes stand in the ledger
+  PassGate gate;             // around every forward pass
+  std::unique_ptr<ExpertCache> copies;  // null: the plan keeps none
 
   void book_plan(int sign) noexcept;  // 1: adds them there, -1: takes them back
 };

@@ -3,64 +3,15 @@
 #include <chrono>
 #include <utility>
 
+#include "forwarding_backend.h"
+
 namespace fathom::run {
 namespace {
 
-class ObservedBackend final : public Backend {
+class ObservedBackend final : public ForwardingBackend {
  public:
   ObservedBackend(std::unique_ptr<Backend> real, int device, OpObserver observer) noexcept
-      : real_(std::move(real)), device_(device), observer_(std::move(observer)) {}
-
-  DeviceKind kind() const noexcept override { return real_->kind(); }
-  std::string_view name() const noexcept override { return real_->name(); }
-  std::string describe() const override { return real_->describe(); }
-  int64_t granularity() const noexcept override { return real_->granularity(); }
-  MemoryState memory() const noexcept override { return real_->memory(); }
-  int64_t runtime_bytes() const noexcept override { return real_->runtime_bytes(); }
-  Result<void*> reserve(int64_t bytes) noexcept override { return real_->reserve(bytes); }
-  Status commit(void* base, int64_t offset, int64_t bytes) noexcept override {
-    return real_->commit(base, offset, bytes);
-  }
-  void decommit(void* base, int64_t offset, int64_t bytes) noexcept override {
-    real_->decommit(base, offset, bytes);
-  }
-  void release(void* base, int64_t bytes) noexcept override { real_->release(base, bytes); }
-  bool host_accessible() const noexcept override { return real_->host_accessible(); }
-  Status upload(void* device, const void* host, int64_t bytes) noexcept override {
-    return real_->upload(device, host, bytes);
-  }
-  Status download(void* host, const void* device, int64_t bytes) noexcept override {
-    return real_->download(host, device, bytes);
-  }
-  Status weight_layout(Weight& weight) const noexcept override {
-    return real_->weight_layout(weight);
-  }
-  Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
-                    const void* rows) noexcept override {
-    return real_->store_rows(weight, index, first_row, n_rows, rows);
-  }
-  Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept override {
-    return real_->store_scales(weight, index, scales);
-  }
-
-  int64_t workspace_bytes(const MatmulParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
-  int64_t workspace_bytes(const HeadsMatmulParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
-  int64_t workspace_bytes(const AttendAbsorbedParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
-  int64_t workspace_bytes(const AttendExpandedParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
-  int64_t workspace_bytes(const FfnParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
-  int64_t workspace_bytes(const ExpertsParams& p) const noexcept override {
-    return real_->workspace_bytes(p);
-  }
+      : ForwardingBackend(std::move(real)), device_(device), observer_(std::move(observer)) {}
 
   void embed(const OpContext& op, const EmbedParams& p) noexcept override {
     timed("embed", op, [&] { real_->embed(op, p); });
@@ -104,7 +55,9 @@ class ObservedBackend final : public Backend {
   void add(const OpContext& op, const AddParams& p) noexcept override {
     timed("add", op, [&] { real_->add(op, p); });
   }
-  Status sync(const OpContext& op) noexcept override { return real_->sync(op); }
+  void sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept override {
+    timed("sum_experts", op, [&] { real_->sum_experts(op, p); });
+  }
 
  private:
   template <class Work>
@@ -119,7 +72,6 @@ class ObservedBackend final : public Backend {
     }
   }
 
-  const std::unique_ptr<Backend> real_;
   const int device_;
   const OpObserver observer_;
 };

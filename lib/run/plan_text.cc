@@ -47,6 +47,8 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
       return device.bytes[static_cast<size_t>(Phase::kDecode)][static_cast<size_t>(purpose)] > 0
                  ? "while loading; moved pages on their way to attention"
                  : "while loading";
+    case Purpose::kExpertCache:
+      return "copies of the most used experts elsewhere; given back as the text grows";
     case Purpose::kRuntime:
       return "threads, token history";
     default:
@@ -97,8 +99,9 @@ std::string placement_json(const Plan& plan) {
       ++end;
     std::string experts;
     for (const ExpertSpan& span : layers[l].experts)
-      experts += fmt::format("{}{{\"device\": {}, \"first\": {}, \"count\": {}}}",
-                             experts.empty() ? "" : ", ", name(span.device), span.first, span.count);
+      experts +=
+          fmt::format("{}{{\"device\": {}, \"first\": {}, \"count\": {}}}",
+                      experts.empty() ? "" : ", ", name(span.device), span.first, span.count);
     list += fmt::format("{}    {{\"layers\": [{}, {}], \"device\": {}, \"experts\": [{}]}}",
                         list.empty() ? "" : ",\n", l, end - 1, name(layers[l].device), experts);
     l = end;
@@ -135,14 +138,15 @@ std::string Plan::to_json() const {
                             purposes_json(device, p));
     list += fmt::format(
         "{}    {{\"name\": {}, \"kind\": \"{}\", \"budget_bytes\": {}, \"peak_bytes\": {}, "
-        "\"n_layers\": {}, \"n_experts\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {},\n   "
-        "  "
+        "\"n_layers\": {}, \"n_experts\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {}, "
+        "\"expert_cache_bytes\": {},\n     "
         "\"prefill_seconds\": {:.6g}, \"decode_seconds\": {:.6g},\n     \"purposes\": {},\n     "
         "\"phases\": {{{}}}}}",
         list.empty() ? "" : ",\n", run::json_quote(device.name),
         device.kind == DeviceKind::kCpu ? "cpu" : "cuda", device.budget_bytes, device.peak_bytes(),
         device.n_layers, device.n_experts, device.kv_page_bytes, device.kv_moved_bytes,
-        device.prefill_seconds, device.decode_seconds, purposes_json(device, -1), phases);
+        device.expert_cache_bytes, device.prefill_seconds, device.decode_seconds,
+        purposes_json(device, -1), phases);
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
   add("placement", placement_json(*this));

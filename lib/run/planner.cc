@@ -8,6 +8,7 @@
 #include "../io/tensor_listing.h"
 #include "../nn/forward.h"
 #include "../nn/transfer.h"
+#include "expert_cache.h"
 #include "kv_pages.h"
 #include "ladder.h"
 #include "placement_problem.h"
@@ -177,7 +178,7 @@ Status Planner::check_spill_folder(const Config& config) const {
   return io::refuse_memory(config.kv_spill_folder);
 }
 
-Result<Plan> Planner::plan_once(const Config& config, Wanted wanted) const {
+Result<Plan> Planner::plan_once(const Config& config, Wanted wanted, bool with_copies) const {
   Plan plan;
   plan.model_path = path_;
   plan.fingerprint_lo = file_->fingerprint().lo;
@@ -218,16 +219,23 @@ Result<Plan> Planner::plan_once(const Config& config, Wanted wanted) const {
                     nn::WeightMap::create(*file_, plan.placement, engine_->devices));
   plan.remarks.insert(plan.remarks.end(), map.remarks.begin(), map.remarks.end());
 
+  if (with_copies) plan.placement.keeps_copies = keeps_copies(*engine_, plan, map.weights());
+  const CopyTables copies = copy_tables(plan.placement, c, map);
+
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
     const bool host = static_cast<int>(d) == engine_->host_device;
+    if (host) {
+      device.copy_runtime_bytes = committed_bytes(copies.runtime_bytes, device.granularity);
+      device.copy_staging_bytes = committed_bytes(copies.staging_bytes, device.granularity);
+    }
     for (Purpose purpose : {Purpose::kWeights, Purpose::kExperts}) {
       Arena arena;
       map.carve(static_cast<int>(d), purpose, arena);
       const int64_t bytes = committed_bytes(arena.peak_bytes(), device.granularity);
       for (auto& phase : device.bytes) phase[index(purpose)] = bytes;
     }
-    const int64_t runtime = engine_->devices[d]->runtime_bytes();
+    const int64_t runtime = engine_->devices[d]->runtime_bytes() + device.copy_runtime_bytes;
     for (auto& phase : device.bytes) {
       phase[index(Purpose::kRuntime)] = runtime;
       if (host)
@@ -238,6 +246,9 @@ Result<Plan> Planner::plan_once(const Config& config, Wanted wanted) const {
           committed_bytes(map.staging_bytes(), device.granularity);
   }
   choose_chunk_and_context(plan, map);
+  // Their buffers must not be what makes a plan fail.
+  if (!plan.feasible && !plan.placement.keeps_copies.empty()) return plan_once(config, wanted, false);
+  set_copies(plan, map);
   predict(plan, engine_->machine, map.weights());
   return plan;
 }
@@ -343,6 +354,7 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
 int64_t Planner::budget(const Plan& plan, int device) const {
   const MemorySnapshot now = engine_->ledger.snapshot();
   const int64_t others = now.devices[static_cast<size_t>(device)].bytes_now -
+                         now.item(device, Purpose::kExpertCache).bytes_now -
                          engine_->devices[static_cast<size_t>(device)]->runtime_bytes();
   return plan.devices[static_cast<size_t>(device)].budget_bytes - others;
 }
@@ -391,7 +403,7 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
       tier_bytes(plan.config.kv_tiers, plan.kv_policy, layout_of(plan), all_host);
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
-    int64_t runtime = engine_->devices[d]->runtime_bytes();
+    int64_t runtime = engine_->devices[d]->runtime_bytes() + device.copy_runtime_bytes;
     if (static_cast<int>(d) == engine_->host_device) {
       device.session_runtime_bytes = session_runtime_bytes(
           n_tokens, plan.kv_page_tokens,
@@ -404,11 +416,12 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
       bytes[index(Purpose::kRuntime)] = runtime;
       bytes[index(Purpose::kStaging)] =
           plan.config.sessions_max *
-          (committed_bytes(device.n_layers > 0 ? tiers.staging : 0, device.granularity) +
-           committed_bytes(device.transfer_bytes, device.granularity) +
-           (static_cast<int>(d) == engine_->host_device
-                ? committed_bytes(tiers.bounce, device.granularity)
-                : 0));
+              (committed_bytes(device.n_layers > 0 ? tiers.staging : 0, device.granularity) +
+               committed_bytes(device.transfer_bytes, device.granularity) +
+               (static_cast<int>(d) == engine_->host_device
+                    ? committed_bytes(tiers.bounce, device.granularity)
+                    : 0)) +
+          device.copy_staging_bytes;
     }
   }
   set_cache(plan, n_tokens);
@@ -468,6 +481,43 @@ void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
         std::max<int64_t>(budget(plan, engine_->host_device) - host.total(Phase::kPrefill), 0);
     set(h, held + (reach.file ? std::min(to_host, left / host.granularity * host.granularity)
                               : to_host));
+  }
+}
+
+// What the budget leaves for copies of experts: beside a full cache, and beside an empty one.
+void Planner::set_copies(Plan& plan, const nn::WeightMap& map) const {
+  for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
+    if (!plan.feasible || !plan.placement.has_copies(d)) continue;
+    PlanDevice& device = plan.devices[static_cast<size_t>(d)];
+    const CopyLayout layout = copy_layout(*engine_->devices[static_cast<size_t>(d)], d,
+                                          plan.placement, plan.model, map.weights());
+    const int64_t most =
+        std::min(layout.most_bytes, plan.config.experts_cache.value_or(layout.most_bytes));
+    int64_t left = budget(plan, d) - device.peak_bytes();
+    if (device.kind == DeviceKind::kCpu) {
+      int64_t host = 0;
+      for (const PlanDevice& other : plan.devices)
+        if (other.kind == DeviceKind::kCpu) host += other.peak_bytes();
+      left = std::min(left, host_limit(plan) - host);
+    }
+    const auto whole = [&](int64_t bytes) {
+      return std::clamp<int64_t>(bytes, 0, most) / device.granularity * device.granularity;
+    };
+    const int64_t cache = device.bytes[index(Phase::kDecode)][index(Purpose::kKv)];
+    const int64_t stays = whole(left);
+    device.expert_cache_bytes = whole(stays + cache);
+    for (Phase phase : {Phase::kPrefill, Phase::kDecode})
+      device.bytes[index(phase)][index(Purpose::kExpertCache)] = stays;
+    int64_t n = 0, largest = 1;
+    for (const CopyLayout::Layer& layer : layout.layers) {
+      n += layer.n_elsewhere;
+      largest = std::max(largest, layer.expert_bytes);
+    }
+    plan.remarks.push_back(fmt::format(
+        "experts.cache: {}: copies of up to {} of the {} experts of its layers that live elsewhere, "
+        "{} at {} tokens",
+        device.name, std::min(n, device.expert_cache_bytes / largest), n,
+        std::min(n, stays / largest), plan.max_context));
   }
 }
 

@@ -57,13 +57,16 @@ class Planner {
   io::TensorFile& file() noexcept { return *file_; }
   // Null when the file has no tokenizer; taken by the loader.
   std::unique_ptr<io::TokenizerBuilder>& tokenizer() noexcept { return tokenizer_; }
+  // For those who read from the file later.
+  std::unique_ptr<io::TensorFile> take_file() noexcept { return std::move(file_); }
 
  private:
   Planner() = default;
   Status check_spill_folder(const Config& config) const;
   // For an alternative only a plan that fits is of use: one that cannot is kBudget at once.
   enum class Wanted : bool { kAny, kFeasible };
-  Result<Plan> plan_once(const Config& config, Wanted wanted = Wanted::kAny) const;
+  Result<Plan> plan_once(const Config& config, Wanted wanted = Wanted::kAny,
+                         bool with_copies = true) const;
   Status place(const Config& config, Wanted wanted, Plan& plan) const;
   Status place_model(const Config& config, const PlacementPins& pins, Wanted wanted,
                      Plan& plan) const;
@@ -72,6 +75,7 @@ class Planner {
   int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,
                        int64_t shortest) const;
   void set_cache(Plan& plan, int64_t n_tokens) const;
+  void set_copies(Plan& plan, const nn::WeightMap& map) const;
   int64_t host_limit(const Plan& plan) const;
   void tell_ladder(Plan& plan) const;
   void set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const;

@@ -34,6 +34,11 @@ bool SessionState::report(const StepFunction& on_step, Phase phase, int64_t n_ne
   return on_step({phase, n_new, n_tokens, seconds, cache.size_bytes(), memory});
 }
 
+Status SessionState::run_pass(const nn::ForwardParams& params) {
+  const PassGate::Pass pass(model.state()->gate);
+  return nn::forward(params);
+}
+
 Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t first_row,
                                     int64_t n_rows) {
   const nn::Stage& head = stages[static_cast<size_t>(params.placement.head_device)];
@@ -83,8 +88,9 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
       .form = decoding == Decoding::kYes ? AttentionForm::kAbsorbed : form_of(n),
       .cancelled = RunControl::cancelled,
       .cancelled_arg = const_cast<RunControl*>(&control),
-      .trace = trace};
-  Status status = nn::forward(params);
+      .trace = trace,
+      .copies = model.state()->copies.get()};
+  Status status = run_pass(params);
   if (status.ok() && options.on_logits) {
     has_logits = false;  // the buffer is being overwritten
     status = all_logits(params, options);
@@ -98,6 +104,7 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
   }
   append(taken);
   has_logits = want_logits || options.on_logits;
+  if (ExpertCache* copies = model.state()->copies.get()) copies->after_pass(n);
   return n;
 }
 

@@ -75,7 +75,7 @@ Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunC
     const SessionState& s = const_cast<Session*>(session)->state();
     sequences.push_back({&s, static_cast<int64_t>(sequences.size()), 1, s.n_tokens});
   }
-  const SessionState& first = leader(sessions);
+  SessionState& first = leader(sessions);
   const nn::ForwardParams params{.config = first.model.config(),
                                  .rope = first.model.state()->rope,
                                  .weights = *first.model.state()->weights,
@@ -87,8 +87,9 @@ Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunC
                                  .form = AttentionForm::kAbsorbed,
                                  .cancelled = RunControl::cancelled,
                                  .cancelled_arg = const_cast<RunControl*>(&control),
-                                 .trace = nullptr};
-  FATHOM_TRY(nn::forward(params));
+                                 .trace = nullptr,
+                                 .copies = first.model.state()->copies.get()};
+  FATHOM_TRY(first.run_pass(params));
   for (Session* session : sessions) session->state().has_logits = false;  // being overwritten
   return batch_logits(params, sessions);
 }
@@ -130,6 +131,8 @@ Status Session::step_batch(std::span<Session* const> sessions, std::span<const i
       ++s.times.decode_tokens;
       s.times.decode_seconds += elapsed.count() / static_cast<double>(sessions.size());
     }
+    if (run::ExpertCache* copies = run::leader(sessions).model.state()->copies.get())
+      copies->after_pass(static_cast<int64_t>(sessions.size()));
     bool go_on = true;
     for (Session* session : sessions)
       if (options.on_step)

@@ -310,6 +310,12 @@ Result<bool> SessionState::climb(const Status& refused, int64_t n_then, int64_t 
 
 Status SessionState::grow(int64_t n_then, bool in_passes) {
   Status trouble;
+  if (ExpertCache* copies = model.state()->copies.get()) {
+    // Copies of experts go before anything else suffers.
+    const int64_t next = in_passes ? std::min(n_then, n_tokens + chunk) : n_then;
+    for (int d = 0; d < cache.pages().n_devices(); ++d)
+      copies->make_room(d, cache.pages().growth_bytes(d, next));
+  }
   for (;;) {
     if (in_passes) n_then = std::min(n_then, n_tokens + chunk);
     Status refused = cache.reserve(n_then);

@@ -39,6 +39,8 @@ class SessionState final : public nn::RowSourceOf {
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
+  // nn::forward(), during which the model's copies of experts stay.
+  Status run_pass(const nn::ForwardParams& params);
   // Logits of rows of the pass, into `logits`.
   Status compute_logits(const nn::ForwardParams& params, int64_t first_row, int64_t n_rows);
   double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock

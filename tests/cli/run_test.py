@@ -43,7 +43,7 @@ class OneShot(Case):
         self.assertLessEqual(memory["ledger_peak_bytes"], memory["planned_peak_bytes"])
         self.assertEqual(set(memory["purposes"]),
                          {"weights", "experts", "kv", "activations", "workspace", "staging",
-                          "tokenizer", "runtime"})
+                          "tokenizer", "runtime", "expert_cache"})
         for name, purpose in memory["purposes"].items():
             self.assertLessEqual(purpose["peak_bytes"], purpose["planned_bytes"], name)
         self.assertEqual(memory["purposes"]["weights"]["peak_bytes"],

@@ -106,7 +106,8 @@ class Timelines(Case):
         self.assertGreater(len(rows), 10)
         for row in rows:
             self.assertEqual(int(row["total"]), sum(int(row[p]) for p in (
-                "weights", "experts", "kv", "activations", "workspace", "staging", "tokenizer", "runtime")))
+                "weights", "experts", "kv", "activations", "workspace", "staging", "tokenizer", "runtime",
+                "expert_cache")))
         self.assertEqual({row["phase"] for row in rows}, {"start", "load", "prefill", "decode"})
         seconds = [float(row["seconds"]) for row in rows]
         self.assertEqual(seconds, sorted(seconds))
