@@ -454,6 +454,20 @@ FATHOM_API int32_t FATHOM_CALL fathom_model_expert_cache(const fathom_model *mod
                                                          fathom_expert_cache *out,
                                                          fathom_error *err);
 
+/* Moves a model and all its sessions to the placement that is planned now: after a budget was changed
+ * (fathom_engine_set_budget) or a device was lost and its budget was set to 0.  Weights that stay are
+ * kept, others are read again; the sessions go on with the same bits, or, where rows were lost with a
+ * device, are read again from their tokens, and can be used again after E_DEVICE.  No other thread uses
+ * the model or its sessions meanwhile.  What a device gets must fit beside what it holds until then.
+ * cfg    the new plan's, whose budgets are the engine's; NULL: as loaded
+ * s, n   all sessions of the model
+ * On failure everything is as before, but that sessions whose rows are lost keep only their tokens.
+ * E_STATE (not all sessions), E_BUDGET, E_MEMORY, E_MISMATCH (the file changed), E_CONFIG, E_IO,
+ * E_CANCELLED, E_DEVICE.  Since 0.1. */
+FATHOM_API int32_t FATHOM_CALL fathom_model_replan(fathom_model *model, const fathom_config *cfg,
+                                                   fathom_session *const *s, uint64_t n,
+                                                   const fathom_run *run, fathom_error *err);
+
 /* A scalar metadata value of the file as text ("general.name").  E_NOT_FOUND.  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_model_metadata(const fathom_model *model, const char *key,
                                                      char *buf, uint64_t cap, uint64_t *len,

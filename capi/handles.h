@@ -107,7 +107,8 @@ class Use {
     if (handle_) handle_->busy.store(false, std::memory_order_release);
   }
   // Errors: kInvalidArgument, kForked, kBusy, kState.
-  Status begin(const Exclusive* handle, const char* name);
+  enum class Poisoned : bool { kRefused, kTaken };
+  Status begin(const Exclusive* handle, const char* name, Poisoned poisoned = Poisoned::kRefused);
 
  private:
   const Exclusive* handle_ = nullptr;

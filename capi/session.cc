@@ -138,6 +138,30 @@ int32_t fathom_session_step(fathom_session* s, fathom_token id, fathom_error* er
   return session_call(err, s, [&] { return s->session.step(id); });
 }
 
+int32_t fathom_model_replan(fathom_model* model, const fathom_config* cfg,
+                            fathom_session* const* s, uint64_t n, const fathom_run* run,
+                            fathom_error* err) {
+  return call(err, [&]() -> Status {
+    FATHOM_TRY(check_handle(model, "model"));
+    if (s == nullptr && n > 0) return null_argument("s");
+    FATHOM_TRY_ASSIGN(const auto handles, to_span("s", s, n));
+    FATHOM_TRY_ASSIGN(const RunArguments arguments, to_run(run));
+    Use config_use;
+    if (cfg != nullptr) FATHOM_TRY(config_use.begin(cfg, "cfg"));
+    std::deque<Use> uses;  // a Use stays where it is
+    std::vector<Session*> sessions;
+    for (fathom_session* handle : handles) {
+      FATHOM_TRY(uses.emplace_back().begin(handle, "s", Use::Poisoned::kTaken));
+      sessions.push_back(&handle->session);
+    }
+    FATHOM_TRY(model->model.replan(sessions, cfg ? cfg->config : model->model.plan().config,
+                                   arguments.options));
+    for (fathom_session* handle : handles)
+      handle->poisoned.store(false, std::memory_order_relaxed);
+    return {};
+  });
+}
+
 int32_t fathom_session_step_batch(fathom_session* const* s, const fathom_token* ids, uint64_t n,
                                   const fathom_run* run, fathom_error* err) {
   return call(err, [&]() -> Status {

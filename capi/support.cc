@@ -132,13 +132,14 @@ Status check_handle(const Owned* handle, const char* name) {
   return {};
 }
 
-Status Use::begin(const Exclusive* handle, const char* name) {
+Status Use::begin(const Exclusive* handle, const char* name, Poisoned poisoned) {
   FATHOM_TRY(check_handle(handle, name));
   if (handle->busy.exchange(true, std::memory_order_acquire))
     return Status(Code::kBusy, fmt::format("{} is in use by another call", name));
   handle_ = handle;
-  if (handle->poisoned.load(std::memory_order_relaxed))
-    return Status(Code::kState, fmt::format("{} had a device error and can only be freed", name));
+  if (poisoned == Poisoned::kRefused && handle->poisoned.load(std::memory_order_relaxed))
+    return Status(Code::kState,
+                  fmt::format("{} had a device error and can only be replanned or freed", name));
   return {};
 }
 

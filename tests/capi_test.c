@@ -202,6 +202,9 @@ static void test_model(const Fixture* f) {
   EXPECT_OK(fathom_model_get_info(f->model, &info, err));
   EXPECT_OK(fathom_model_expert_cache(f->model, &cache, err));
   EXPECT(cache.n_experts == 0 && cache.choices == 0 && cache.copied == 0);
+  EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_model_replan(f->model, NULL, NULL, 1, NULL, err));
+  EXPECT_CODE(FATHOM_E_STATE, fathom_model_replan(f->model, NULL, NULL, 0, NULL, err));
+  EXPECT_OK(fathom_model_replan(f->model, NULL, &f->session, 1, NULL, err));
   EXPECT(info.n_layers == 4 && info.n_heads == 4 && info.n_experts == 8 &&
          info.n_experts_used == 2);
   EXPECT(info.kv_lora_rank == 96 && info.rope_dim == 32 && info.n_vocab == 2048);

@@ -1,4 +1,4 @@
-// Model: loaded weights and tokenizer.  Never changes after load; threads share it freely.
+// Model: loaded weights and tokenizer.  Changes after load by replan() only; threads share it freely.
 //
 //   Result<Model> model = Model::load("model.gguf");            // with an engine of its own
 //   Result<Model> model = Model::load(engine, plan, {.progress = bar});
@@ -7,6 +7,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,8 @@
 #include "fathom/tokenizer.hpp"
 
 namespace fathom {
+
+class Session;
 
 namespace run {
 class ModelState;
@@ -39,6 +42,25 @@ class Model {
   // Loads what was planned.  Errors: kBudget / kMemory (nothing is held), kMismatch (the file is
   // not the one planned), kFormat, kIo, kCancelled.
   static Result<Model> load(const Engine& engine, const Plan& plan, const RunOptions& options = {});
+
+  // Moves the model and all its sessions to the placement that is planned now: after a budget was
+  // changed (Engine::set_budget) so that the present one no longer fits or could be better, or when
+  // a device was lost - calls answer kDevice - and its budget was set to 0.  `config` is that of the
+  // new plan, for pins; its budgets are those of the engine.  Weights that stay on their device stay
+  // where they are, others are read from the file again; sessions go through a file without a name in
+  // kv.spill_folder and go on with the same bits.  Rows that were lost with a device are computed
+  // again from the session's tokens.
+  //
+  // What a device gets must fit beside what it holds until the move is done.  On an error the model
+  // and its sessions are as before, but for sessions whose rows are lost: they keep their tokens()
+  // and answer kDevice until another replan() succeeds.
+  //
+  // Meanwhile no other thread uses the model or its sessions, and no callback of theirs calls this;
+  // plan() changes.  Costs the reading of what moves and a pass over the sessions' rows.  Errors:
+  // kState (not all sessions were given), kBudget (what would help), kMemory, kMismatch (the file
+  // changed), kConfig, kNotFound, kIo, kCancelled, kDevice.
+  Status replan(std::span<Session* const> sessions, const Config& config,
+                const RunOptions& options = {});
 
   const ModelConfig& config() const noexcept;
   const Plan& plan() const noexcept;

@@ -45,12 +45,20 @@ Staging carve_staging(const WeightItem& item, Arena& arena) {
 void WeightMap::carve(int device, Purpose purpose, Arena& arena) {
   for (WeightItem& item : items_) {
     if (item.device != device || item.purpose != purpose) continue;
-    if (item.vector != nullptr) {
-      *item.vector = arena.take<float>(item.weight.cols);
-    } else {
-      item.weight.data = arena.take_bytes(item.weight.count * item.weight.matrix_bytes);
-      *item.target = item.weight;
-    }
+    set_place(static_cast<size_t>(&item - items_.data()),
+              item.vector != nullptr
+                  ? arena.take<float>(item.weight.cols)
+                  : arena.take_bytes(item.weight.count * item.weight.matrix_bytes));
+  }
+}
+
+void WeightMap::set_place(size_t index, void* data) noexcept {
+  WeightItem& item = items_[index];
+  if (item.vector != nullptr) {
+    *item.vector = static_cast<float*>(data);
+  } else {
+    item.weight.data = data;
+    *item.target = item.weight;
   }
   if (head_is_embed_) weights_->head = weights_->embed;
 }
@@ -132,10 +140,13 @@ Result<ExpertWeights> experts_on(const Backend& device, const LayerWeights& laye
   return out;
 }
 
+int64_t file_bytes(const WeightItem& item) noexcept {
+  return item.weight.count * item.weight.rows * file_row_bytes(item);
+}
+
 int64_t WeightMap::file_bytes() const noexcept {
   int64_t bytes = 0;
-  for (const WeightItem& item : items_)
-    bytes += item.weight.count * item.weight.rows * file_row_bytes(item);
+  for (const WeightItem& item : items_) bytes += nn::file_bytes(item);
   return bytes;
 }
 

@@ -60,6 +60,24 @@ struct Weights {
   std::vector<LayerWeights> layers;
 };
 
+// Every weight and vector of a model, always in the same order, those that it lacks too:
+// body(Weight&) and body(const float*&), const where the weights are.
+template <class AnyWeights, class Body>
+void for_each_weight(AnyWeights& weights, Body&& body) {
+  body(weights.embed);
+  body(weights.final_norm);
+  body(weights.head);
+  for (auto& l : weights.layers) {
+    for (auto* vector : {&l.attn_norm, &l.q_a_norm, &l.kv_a_norm, &l.ffn_norm, &l.router_bias})
+      body(*vector);
+    for (auto* weight : {&l.q, &l.q_a, &l.q_b, &l.kv_a, &l.k_b, &l.v_b, &l.o, &l.gate, &l.up, &l.down,
+                         &l.router})
+      body(*weight);
+    for (auto& span : l.experts)
+      for (auto* weight : {&span.gate, &span.up, &span.down}) body(*weight);
+  }
+}
+
 // The routed experts of a layer as `device` lays them out: all n_experts of them, data null.
 // Errors: kUnsupported for a type without kernels there.
 Result<ExpertWeights> experts_on(const Backend& device, const LayerWeights& layer,
@@ -86,6 +104,7 @@ struct WeightItem {
 
 // Host memory that load_matrix() needs for reading and converting rows.
 int64_t staging_bytes(const WeightItem& item) noexcept;
+int64_t file_bytes(const WeightItem& item) noexcept;  // that loading it reads
 // Reads and converts matrix `index` of `item` and stores it as matrix `at` of `target`, which has the
 // item's shape and type, in the layout of `device`.  `on_bytes(n)` is called after every n bytes read
 // and returns false to cancel; may be empty.  `scales_read`: the block scales of this matrix's tensor
@@ -106,6 +125,8 @@ class WeightMap {
   // Places all weights of one device and purpose in `arena` and sets their data pointers in
   // weights().  Same order and alignment for counting and real arenas.
   void carve(int device, Purpose purpose, Arena& arena);
+  // Says where one item is, in its target and in weights() too.
+  void set_place(size_t item, void* data) noexcept;
   // Host memory that load() needs for reading and converting rows.
   int64_t staging_bytes() const noexcept;
   // Reads, converts and stores one item, after carve() with a real arena.  `staging` has

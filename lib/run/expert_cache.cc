@@ -115,6 +115,11 @@ CopyTables copy_tables(const Placement& placement, const ModelConfig& config,
   return tables;
 }
 
+bool keeps_any_copies(const Plan& plan) noexcept {
+  return std::any_of(plan.devices.begin(), plan.devices.end(),
+                     [](const PlanDevice& device) { return device.expert_cache_bytes > 0; });
+}
+
 Result<std::unique_ptr<ExpertCache>> ExpertCache::create(EngineState& engine, PassGate& gate,
                                                          const Plan& plan,
                                                          std::unique_ptr<io::TensorFile> file,
@@ -341,6 +346,16 @@ int64_t ExpertCache::drop_until(Device& device, Done&& done) noexcept {
 
 void ExpertCache::make_room(int device, int64_t bytes) noexcept {
   if (engine_.ledger.room(device) < bytes) (void)give_back(device, bytes, /*wait=*/true);
+}
+
+void ExpertCache::drop_all() noexcept {
+  gate_.change(/*wait=*/true, [&] {
+    for (Device& device : devices_) drop_until(device, [] { return false; });
+  });
+}
+
+int64_t ExpertCache::bytes_on(int device) const noexcept {
+  return tables_.bytes_on(device) + staging_.bytes_on(device);
 }
 
 int64_t ExpertCache::give_back(int device, int64_t bytes, bool wait) noexcept {

@@ -54,6 +54,8 @@ struct CopyTables {
 CopyTables copy_tables(const Placement& placement, const ModelConfig& config,
                        const nn::WeightMap& map);
 
+bool keeps_any_copies(const Plan& plan) noexcept;
+
 class ExpertCache final : public nn::ExpertCopies, public LedgerLender {
  public:
   // For a plan whose placement keeps copies.  Reserves addresses, takes the tables; copies nothing
@@ -69,6 +71,8 @@ class ExpertCache final : public nn::ExpertCopies, public LedgerLender {
   void after_pass(int64_t n_tokens);
   // Drops the least used copies until `bytes` more fit the device's budget and its plan.
   void make_room(int device, int64_t bytes) noexcept;
+  void drop_all() noexcept;
+  int64_t bytes_on(int device) const noexcept;  // of its tables, without copies
   ExpertCacheStats stats() const noexcept;
 
   // As nn::ExpertCopies.

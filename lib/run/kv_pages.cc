@@ -111,6 +111,13 @@ int64_t KvPages::size_bytes() const noexcept {
   return bytes;
 }
 
+int64_t KvPages::bytes_on(int device) const noexcept {
+  int64_t bytes = tables_.bytes_on(device) + bounce_.bytes_on(device);
+  for (const Device& d : devices_)
+    bytes += d.pages.bytes_on(device) + d.host_pages.bytes_on(device) + d.staging.bytes_on(device);
+  return bytes;
+}
+
 int64_t KvPages::pages_in(int device, KvTier tier) const noexcept {
   const Device& d = devices_[static_cast<size_t>(device)];
   switch (tier) {

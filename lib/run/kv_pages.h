@@ -67,6 +67,7 @@ class KvPages {
   int64_t n_tokens() const noexcept { return n_tokens_; }
   int64_t n_pages() const noexcept { return n_pages_; }
   int64_t size_bytes() const noexcept;  // memory of all devices and the host, not the file
+  int64_t bytes_on(int device) const noexcept;  // the same of one device, tables and staging too
   // Bytes of pages in a tier, all devices.
   int64_t bytes_in(KvTier tier) const noexcept;
   int64_t pages_in(int device, KvTier tier) const noexcept;

@@ -13,8 +13,9 @@ Ledger::Ledger(std::vector<LedgerDevice> devices, int64_t host_budget_bytes,
 }
 
 int64_t Ledger::available_locked(const Account& account) const noexcept {
-  int64_t left = account.device.budget_bytes - account.total.now;
-  if (account.device.is_host) left = std::min(left, host_budget_ - host_now_);
+  int64_t left = std::max(account.device.budget_bytes, account.exchange) - account.total.now;
+  if (account.device.is_host)
+    left = std::min(left, std::max(host_budget_, host_exchange_) - host_now_);
   return std::max<int64_t>(left, 0);
 }
 
@@ -164,6 +165,18 @@ void Ledger::refresh(MemorySnapshot& picture) const noexcept {
       item.bytes_planned = account.purposes[p].planned;
     }
   }
+}
+
+Ledger::Exchange::Exchange(Ledger& ledger) : ledger_(ledger) {
+  std::lock_guard lock(ledger_.mutex_);
+  for (Account& account : ledger_.accounts_) account.exchange = account.total.now;
+  ledger_.host_exchange_ = ledger_.host_now_;
+}
+
+Ledger::Exchange::~Exchange() {
+  std::lock_guard lock(ledger_.mutex_);
+  for (Account& account : ledger_.accounts_) account.exchange = 0;
+  ledger_.host_exchange_ = 0;
 }
 
 void Ledger::add_lender(LedgerLender* lender) {

@@ -80,6 +80,18 @@ class Ledger {
   void refresh(MemorySnapshot& picture) const noexcept;
   // From now on; null: nobody.  It must outlive the ledger or be taken back.
   void watch(LedgerWatcher* watcher) noexcept;
+  // While one lives, a device may hold as much as when it was made although its budget is lower: what
+  // is moved about can always go back.  One at a time.
+  class Exchange {
+   public:
+    explicit Exchange(Ledger& ledger);
+    Exchange(const Exchange&) = delete;
+    Exchange& operator=(const Exchange&) = delete;
+    ~Exchange();
+
+   private:
+    Ledger& ledger_;
+  };
   // Who is asked to give memory back; it is taken off the list before it ends.
   void add_lender(LedgerLender* lender);
   void remove_lender(LedgerLender* lender) noexcept;
@@ -95,13 +107,14 @@ class Ledger {
     LedgerDevice device;
     std::array<Count, kPurposeCount> purposes;
     Count total;
+    int64_t exchange = 0;  // bytes that an Exchange allows
   };
   int64_t available_locked(const Account& account) const noexcept;
 
   mutable std::mutex mutex_;
   std::vector<Account> accounts_;
   int64_t host_budget_;
-  int64_t host_now_ = 0;
+  int64_t host_now_ = 0, host_exchange_ = 0;
   MemoryObserver observer_;
   LedgerWatcher* watcher_ = nullptr;
   std::mutex lenders_mutex_;  // taken before mutex_

@@ -47,6 +47,7 @@ class MemoryRange {
   std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }
   int64_t reserved_bytes() const noexcept { return reserved_; }
   int64_t size_bytes() const noexcept { return committed_; }  // booked
+  int64_t bytes_on(int device) const noexcept { return device == device_ ? committed_ : 0; }
 
  private:
   void swap(MemoryRange& other) noexcept;

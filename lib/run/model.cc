@@ -16,23 +16,6 @@ namespace {
 
 using run::ModelState;
 
-// The error of a load whose plan does not fit: what is short, and what would help.
-Status infeasible(const Plan& plan) {
-  const PlanDevice& device = plan.devices[static_cast<size_t>(std::max(plan.binding_device, 0))];
-  std::string message =
-      fmt::format("{}: needs {} bytes at its peak, {} more than the budget of {}; most of it is {}",
-                  device.name, device.peak_bytes(), plan.bytes_short, device.budget_bytes,
-                  purpose_name(plan.binding_purpose));
-  const size_t n = std::min<size_t>(plan.alternatives.size(), 3);
-  for (size_t i = 0; i < n; ++i)
-    message +=
-        fmt::format("{}[{}] {}", i == 0 ? ". Would fit: " : "; ", i + 1, plan.alternatives[i].text);
-  return Status(Code::kBudget, message)
-      .on_device(plan.binding_device)
-      .about(purpose_name(plan.binding_purpose))
-      .bytes(device.peak_bytes(), device.budget_bytes);
-}
-
 // The tokenizer in a ledger block of its own, which lives as long as any copy of it.
 Status load_tokenizer(ModelState& model, std::unique_ptr<io::TokenizerBuilder> builder) {
   if (!builder) return {};
@@ -45,6 +28,7 @@ Status load_tokenizer(ModelState& model, std::unique_ptr<io::TokenizerBuilder> b
   FATHOM_TRY_ASSIGN(block->range,
                     block->engine->allocate(block->engine->host_device, Purpose::kTokenizer,
                                             builder->size_bytes()));
+  model.tokenizer_bytes = block->range.size_bytes();
   const std::span<std::byte> storage(block->range.data(),
                                      static_cast<size_t>(builder->size_bytes()));
   model.tokenizer = std::move(*builder).build(storage, block);
@@ -61,7 +45,8 @@ Status load_weights(ModelState& model, const io::TensorFile& file, nn::WeightMap
       FATHOM_TRY_ASSIGN(auto range, engine.allocate(d, purpose, counting.peak_bytes()));
       Arena arena(range.data(), range.size_bytes());
       if (counting.peak_bytes() > 0) map.carve(d, purpose, arena);
-      model.ranges.push_back(std::move(range));
+      const int64_t bytes = range.size_bytes();
+      if (bytes > 0) model.blocks.push_back({d, purpose, std::move(range), {{0, bytes}}});
     }
 
   FATHOM_TRY_ASSIGN(auto staging,
@@ -85,7 +70,7 @@ Status load_weights(ModelState& model, const io::TensorFile& file, nn::WeightMap
 }
 
 Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOptions& options) {
-  if (!plan.feasible) return infeasible(plan);
+  if (!plan.feasible) return run::infeasible(plan);
   FATHOM_TRY_ASSIGN(auto planner,
                     run::Planner::open(*engine.state(), plan.model_path, plan.config));
   const io::TensorFile& file = planner.file();
@@ -112,9 +97,7 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   FATHOM_TRY(load_tokenizer(*model, std::move(planner.tokenizer())));
   FATHOM_TRY(load_weights(*model, file, map, options));
 
-  const bool copies = std::any_of(plan.devices.begin(), plan.devices.end(),
-                                  [](const PlanDevice& d) { return d.expert_cache_bytes > 0; });
-  if (copies) {
+  if (run::keeps_any_copies(plan)) {
     FATHOM_TRY_ASSIGN(model->copies, run::ExpertCache::create(*engine.state(), model->gate, plan,
                                                               planner.take_file(), map));
   }
@@ -128,6 +111,29 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
 }
 
 }  // namespace
+
+Status run::infeasible(const Plan& plan) {
+  const PlanDevice& device = plan.devices[static_cast<size_t>(std::max(plan.binding_device, 0))];
+  std::string message =
+      fmt::format("{}: needs {} bytes at its peak, {} more than the budget of {}; most of it is {}",
+                  device.name, device.peak_bytes(), plan.bytes_short, device.budget_bytes,
+                  purpose_name(plan.binding_purpose));
+  const size_t n = std::min<size_t>(plan.alternatives.size(), 3);
+  for (size_t i = 0; i < n; ++i)
+    message +=
+        fmt::format("{}[{}] {}", i == 0 ? ". Would fit: " : "; ", i + 1, plan.alternatives[i].text);
+  return Status(Code::kBudget, message)
+      .on_device(plan.binding_device)
+      .about(purpose_name(plan.binding_purpose))
+      .bytes(device.peak_bytes(), device.budget_bytes);
+}
+
+int64_t run::ModelState::bytes_on(int device) const noexcept {
+  int64_t bytes = copies ? copies->bytes_on(device) : 0;
+  if (device == engine.state()->host_device) bytes += tokenizer_bytes;
+  for (const WeightBlock& block : blocks) bytes += block.range.bytes_on(device);
+  return bytes;
+}
 
 void run::ModelState::book_plan(int sign) noexcept {
   Ledger& ledger = engine.state()->ledger;
@@ -186,7 +192,7 @@ ExpertCacheStats Model::expert_cache() const noexcept {
 }
 int64_t Model::weight_bytes() const noexcept {
   int64_t bytes = 0;
-  for (const run::MemoryRange& range : state_->ranges) bytes += range.size_bytes();
+  for (const run::WeightBlock& block : state_->blocks) bytes += block.range.size_bytes();
   return bytes;
 }
 

@@ -123,7 +123,9 @@ class Builder {
       if (!backend.host_accessible() || p_.n_devices > 2)
         fixed += sessions * residual_bytes(c_, in_.chunk);
     }
-    p_.budget.push_back(in_.available[i] - fixed);
+    // A device that cannot hold even that (it was lost, say) holds nothing of the model.
+    p_.budget.push_back(host ? in_.available[i] - fixed
+                             : std::max<int64_t>(in_.available[i] - fixed, 0));
     p_.is_host.push_back(plan.devices[i].kind == DeviceKind::kCpu);
     if (p_.is_host.back() && p_.host_budget < INT64_MAX) p_.host_budget -= fixed;
 

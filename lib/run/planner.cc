@@ -314,10 +314,15 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
                                     std::max(rooms.back().context / 8, plan.kv_page_tokens))});
   if (rooms.size() > 2) std::rotate(rooms.begin() + 1, rooms.end() - 1, rooms.end());
 
-  const auto problem_of = [&](const Room& room) {
+  const auto problem_of = [&](const Room& room) -> Result<SolverProblem> {
     inputs.chunk = room.chunk;
     inputs.context = room.context;
-    return placement_problem(inputs);
+    FATHOM_TRY_ASSIGN(SolverProblem made, placement_problem(inputs));
+    for (const int d : closed_) {
+      int64_t& room_there = made.budget[static_cast<size_t>(d)];
+      room_there = std::min<int64_t>(room_there, 0);
+    }
+    return made;
   };
   const Room& least = rooms.size() > 1 ? rooms[1] : rooms[0];
   if (wanted == Wanted::kFeasible) {
@@ -355,7 +360,8 @@ int64_t Planner::budget(const Plan& plan, int device) const {
   const MemorySnapshot now = engine_->ledger.snapshot();
   const int64_t others = now.devices[static_cast<size_t>(device)].bytes_now -
                          now.item(device, Purpose::kExpertCache).bytes_now -
-                         engine_->devices[static_cast<size_t>(device)]->runtime_bytes();
+                         engine_->devices[static_cast<size_t>(device)]->runtime_bytes() -
+                         (own_.empty() ? 0 : own_[static_cast<size_t>(device)]);
   return plan.devices[static_cast<size_t>(device)].budget_bytes - others;
 }
 
@@ -369,7 +375,10 @@ bool Planner::fits(const Plan& plan) const {
   int64_t host = 0;
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     const int64_t peak = plan.devices[d].peak_bytes();
-    if (peak > budget(plan, static_cast<int>(d))) return false;
+    // What a device holds for its own life is the engine's matter where the model is not on it.
+    const bool used = plan.placement.uses(static_cast<int>(d)) ||
+                      static_cast<int>(d) == engine_->host_device;
+    if (used && peak > budget(plan, static_cast<int>(d))) return false;
     if (plan.devices[d].kind == DeviceKind::kCpu) host += peak;
   }
   return host <= host_limit(plan);

@@ -57,6 +57,10 @@ class Planner {
   io::TensorFile& file() noexcept { return *file_; }
   // Null when the file has no tokenizer; taken by the loader.
   std::unique_ptr<io::TokenizerBuilder>& tokenizer() noexcept { return tokenizer_; }
+  // By device, what the model that is planned anew holds: it does not count as others'.
+  void set_own(std::vector<int64_t> bytes) noexcept { own_ = std::move(bytes); }
+  // A device on which nothing is to be placed.
+  void close(int device) { closed_.push_back(device); }
   // For those who read from the file later.
   std::unique_ptr<io::TensorFile> take_file() noexcept { return std::move(file_); }
 
@@ -96,6 +100,8 @@ class Planner {
   std::unique_ptr<io::TokenizerBuilder> tokenizer_;
   int64_t tokenizer_bytes_ = 0;
   std::string path_, tokenizer_remark_;
+  std::vector<int64_t> own_;
+  std::vector<int> closed_;
 };
 
 }  // namespace fathom::run

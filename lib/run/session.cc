@@ -163,6 +163,7 @@ Status Session::prefill(std::span<const int32_t> tokens, const RunOptions& optio
   return run::guarded([&]() -> Status {
     run::SessionState& s = *state_;
     if (tokens.empty()) return Status(Code::kInvalidArgument, "prefill of no tokens");
+    if (s.lost) return s.lost_error();
     FATHOM_TRY(s.check_tokens(tokens));
     const auto total = static_cast<int64_t>(tokens.size());
     const int64_t planned = s.model.plan().prefill_chunk;

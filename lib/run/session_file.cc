@@ -204,13 +204,15 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
 }  // namespace run
 
 Status Session::save(const std::string& path, const RunOptions& options) const {
-  return run::guarded([&] {
+  return run::guarded([&]() -> Status {
+    if (state_->lost) return state_->lost_error();
     io::FileCalls calls;
     return run::save_session(*state_, path, options, calls);
   });
 }
 
 Status Session::save_to(const WriteFunction& write, const RunOptions& options) const {
+  if (state_->lost) return state_->lost_error();
   return run::guarded([&] { return run::write_session(*state_, write, options); });
 }
 

@@ -163,7 +163,7 @@ int64_t SessionState::scratch_now(int device) const noexcept {
 
 int64_t SessionState::chunk_gain(int device, int64_t n_then) const {
   const int64_t shorter = shorter_chunk();
-  if (shorter == chunk || owed_bytes(device, n_then) < 0) return 0;
+  if (lost || shorter == chunk || owed_bytes(device, n_then) < 0) return 0;
   const int64_t granularity = stages[static_cast<size_t>(device)].device->granularity();
   return scratch_now(device) - committed_scratch(scratch_bytes(device, shorter), granularity);
 }
@@ -309,6 +309,7 @@ Result<bool> SessionState::climb(const Status& refused, int64_t n_then, int64_t 
 }
 
 Status SessionState::grow(int64_t n_then, bool in_passes) {
+  if (lost) return lost_error();
   Status trouble;
   if (ExpertCache* copies = model.state()->copies.get()) {
     // Copies of experts go before anything else suffers.

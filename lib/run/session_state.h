@@ -20,8 +20,13 @@ enum class Decoding : bool { kNo, kYes };
 class SessionState final : public nn::RowSourceOf {
  public:
   SessionState(const Model& model, KVCache pages)
-      : model(model), cache(std::move(pages)), pages_(cache.pages()) {}
-  ~SessionState() { timeline().tokens(-n_tokens); }
+      : model(model), cache(std::move(pages)), pages_(cache.pages()) {
+    ++model.state()->n_sessions;
+  }
+  ~SessionState() {
+    timeline().tokens(-n_tokens);
+    --model.state()->n_sessions;
+  }
 
   // Appends one pass, all or nothing: the first of `ids`, at most `longest` and what the scratch
   // has room for; says how many.  A pass that takes the last of ids computes its logits; those of
@@ -66,6 +71,12 @@ class SessionState final : public nn::RowSourceOf {
   // is room for it beside the cache that was planned.
   void raise_chunk(int64_t n_then);
 
+  // ---- for replan.cc ----
+  int64_t bytes_on(int device) const noexcept;  // held
+  // Gives cache and scratch back and keeps the tokens; nothing but tokens() is of use then.
+  void lose_memory() noexcept;
+  Status lost_error() const;  // what calls answer then
+
   // Calls on_step; its answer.
   bool report(const StepFunction& on_step, Phase phase, int64_t n_new, double seconds);
   // The engine's; n_tokens of all sessions are counted there.
@@ -91,6 +102,7 @@ class SessionState final : public nn::RowSourceOf {
   int64_t n_tokens = 0;
   int64_t chunk = 0;  // longest pass that the scratch has room for
   bool has_logits = false;
+  bool lost = false;  // lose_memory() was called
   SessionTimes times;
   std::vector<Event> events;
   MemorySnapshot memory;  // what report() shows, kept so that it allocates once
