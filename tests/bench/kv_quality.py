@@ -105,7 +105,11 @@ def main():
     parser.add_argument("--lengths", default="8192,16384")
     parser.add_argument("--per-kind", type=int, default=4)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--part", default="1/1", help="I/N: the first setting and every Nth other, from the Ith")
     args = parser.parse_args()
+    part, parts = map(int, args.part.split("/"))
+    first, *others = SETTINGS
+    names = [first, *others[part - 1::parts]]
     lengths = [int(n) for n in args.lengths.split(",")]
     needles = first_of_each(pathlib.Path(args.testdata) / "trained/needles.jsonl", lengths, args.per_kind)
 
@@ -117,7 +121,7 @@ def main():
         measurement = Measurement(args.program, args.model, folder, heldout_tokens(args.testdata), needles,
                                   args.threads)
         base = None
-        for name, text, found in rows(measurement):
+        for name, text, found in rows(measurement, names):
             base = base or text["perplexity"]
             kl = text.get("kl")
             cells = [name, f"{text['memory']['purposes']['kv']['peak_bytes']:,}", f"{text['perplexity']:.4f}",

@@ -98,6 +98,7 @@ class Attn(nn.Module):
         s.kv_a_layernorm = RMS(c["kv_lora"])
         s.kv_b_proj = Lin(c["kv_lora"], H * (c["nope"] + c["v"]))
         s.o_proj = Lin(H * c["v"], c["dim"], 0.2)
+        s.tap = None  # a list: queries and keys of the next forward pass are put into it
 
     def forward(s, x, B, cos, sin):
         c = s.c
@@ -108,6 +109,8 @@ class Attn(nn.Module):
         kv = s.kv_b_proj(rms(a[:, : c["kv_lora"]], s.kv_a_layernorm.weight)).view(N, H, -1)
         q, k, v = qk(q, a[:, c["kv_lora"] :], kv, cos, sin, c["nope"], c["rope"])
         q, k, v = (t.view(B, N // B, H, -1).transpose(1, 2) for t in (q, k, v))
+        if s.tap is not None:
+            s.tap[:] = q, k
         if v.shape[-1] != q.shape[-1]:
             v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., : c["v"]]
@@ -170,6 +173,7 @@ class Model(nn.Module):
             m.input_layernorm = RMS(c["dim"])
             m.post_attention_layernorm = RMS(c["dim"])
             s.layers.append(m)
+        s.tap = {}  # layer: the residual stream after it, for those that are keys already
         s.norm = RMS(c["dim"])
         s.lm_head = Lin(c["dim"], c["vocab"], 0.0)
         s.cs = {}
@@ -181,16 +185,19 @@ class Model(nn.Module):
             s.cs = {(B, T): (f.cos().repeat(B, 1).contiguous(), f.sin().repeat(B, 1).contiguous())}
         return s.cs[(B, T)]
 
-    def forward(s, ids, tgt=None, wt=None, dtype=torch.bfloat16, last=None):
+    def forward(s, ids, tgt=None, wt=None, dtype=torch.bfloat16, last=None, keep=None):
+        """keep: so many positions have a loss, those of the largest weights (chance decides among equals)"""
         B, T = ids.shape
         c, sn = s.angles(B, T)
         x = s.embed_tokens(ids.flatten()).to(dtype)
         aux = 0.0
         d = None
-        for m in s.layers:
+        for i, m in enumerate(s.layers):
             h = rms(x, m.input_layernorm.weight)
             x, h = addrms(x, m.self_attn(h, B, c, sn), m.post_attention_layernorm.weight)
             x = x + m.mlp(h)
+            if i in s.tap:
+                s.tap[i] = x
             if isinstance(m.mlp, MoE):
                 aux = aux + m.mlp.aux
         if last is not None:
@@ -199,7 +206,11 @@ class Model(nn.Module):
         h = rms(x, s.norm.weight)
         if tgt is None:
             return s.lm_head(h).view(B, T, -1)
-        loss, l = HeadCE.apply(h, s.lm_head.weight, tgt.flatten(), wt.flatten())
+        tgt, wt = tgt.flatten(), wt.flatten()
+        if keep:
+            at = (wt + 0.5 * torch.rand(len(wt))).topk(keep).indices
+            h, tgt, wt = h[at], tgt[at], wt[at]
+        loss, l = HeadCE.apply(h, s.lm_head.weight, tgt, wt)
         return loss, aux, l
 
 
@@ -209,7 +220,7 @@ class HeadCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, tgt, wt):
         Wb = W.to(x.dtype)
-        dW = torch.zeros(W.shape)
+        dW = torch.zeros(W.shape) if ctx.needs_input_grad[1] else None
         dx = torch.empty_like(x)
         ls = torch.empty(len(x))
         n = wt / wt.sum()
@@ -218,7 +229,8 @@ class HeadCE(torch.autograd.Function):
             l, dl = ce(F.linear(x[sl], Wb), tgt[sl], n[sl])
             ls[sl] = l
             dx[sl] = dl @ Wb
-            dW += dl.T @ x[sl]
+            if dW is not None:
+                dW += dl.T @ x[sl]
         ctx.save_for_backward(dx, dW)
         ctx.mark_non_differentiable(ls)
         return (ls * n).sum(), ls
@@ -226,7 +238,7 @@ class HeadCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         dx, dW = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dW * g, None, None
+        return dx * g.to(dx.dtype), None if dW is None else dW * g, None, None
 
 
 def _ce(lg, t, n):
