@@ -25,8 +25,8 @@ int64_t stored_bytes(const Weight& w) {
 
 int64_t own_weight_bytes(const ModelConfig& c, const nn::LayerWeights& w) {
   int64_t bytes = 0;
-  for (const Weight* weight : {&w.q, &w.q_a, &w.q_b, &w.kv_a, &w.k_b, &w.v_b, &w.o, &w.gate, &w.up,
-                               &w.down, &w.router})
+  for (const Weight* weight :
+       {&w.q, &w.q_a, &w.q_b, &w.kv_a, &w.k_b, &w.v_b, &w.o, &w.gate, &w.up, &w.down, &w.router})
     bytes += stored_bytes(*weight);
   const int64_t floats = 2 * c.hidden_size + c.q_lora_rank + c.kv_lora_rank + c.n_routed_experts;
   return bytes + floats * static_cast<int64_t>(sizeof(float)) + 5 * Arena::kAlignment;
@@ -60,10 +60,9 @@ class Builder {
   Result<const nn::WeightMap*> layout_on(int d) {
     const DeviceKind kind = in_.engine.devices[static_cast<size_t>(d)]->kind();
     if (const auto found = layouts_.find(kind); found != layouts_.end()) return &found->second;
-    const Placement all = Placement::by_layer(
-        c_, std::vector<int>(static_cast<size_t>(c_.num_hidden_layers), d));
-    FATHOM_TRY_ASSIGN(nn::WeightMap map,
-                      nn::WeightMap::create(in_.file, all, in_.engine.devices));
+    const Placement all =
+        Placement::by_layer(c_, std::vector<int>(static_cast<size_t>(c_.num_hidden_layers), d));
+    FATHOM_TRY_ASSIGN(nn::WeightMap map, nn::WeightMap::create(in_.file, all, in_.engine.devices));
     return &layouts_.emplace(kind, std::move(map)).first->second;
   }
 
@@ -130,8 +129,8 @@ class Builder {
     if (p_.is_host.back() && p_.host_budget < INT64_MAX) p_.host_budget -= fixed;
 
     // Scratch, by what lives there.
-    const Placement all_here = Placement::by_layer(
-        c_, std::vector<int>(static_cast<size_t>(c_.num_hidden_layers), d));
+    const Placement all_here =
+        Placement::by_layer(c_, std::vector<int>(static_cast<size_t>(c_.num_hidden_layers), d));
     const int64_t workspace = nn::measure_workspace(backend, d, c_, w, all_here, in_.chunk,
                                                     plan.kv_type, plan.kv_page_tokens);
     const auto carved = [&](const nn::DeviceRoles& roles) {
@@ -141,8 +140,8 @@ class Builder {
     };
     const KvLayout kv{plan.kv_page_tokens, c_.kv_lora_rank, c_.qk_rope_head_dim};
     const int64_t pages = plan.kv_policy.pages_for(in_.context);
-    p_.layers_scratch.push_back(sessions * (carved(nn::DeviceRoles::all()) + workspace +
-                                            pages * (granularity - 1)));
+    p_.layers_scratch.push_back(
+        sessions * (carved(nn::DeviceRoles::all()) + workspace + pages * (granularity - 1)));
     p_.guests_scratch.push_back(sessions * (carved({.guests = true}) + workspace));
     p_.ends_scratch.push_back(sessions * (carved({.embed = true, .head = true}) + workspace));
 
@@ -215,6 +214,45 @@ std::string layer_list(const Placement& placement, Here&& here) {
 
 }  // namespace
 
+namespace {
+
+// Why cards do not work alike, where they do not: the same work for each takes the slower ones
+// longer than the faster ones save; or nothing fits on the idler ones; or a part is too large.
+std::string why_uneven(const SolverProblem& p, const PlacementCost& cost) {
+  constexpr double kAlike = 1.10, kDear = 0.01;
+  std::vector<size_t> cards;
+  for (size_t d = 0; d < cost.busy.size(); ++d)
+    if (!p.is_host[d]) cards.push_back(d);
+  double sum = 0, most = 0, work = 0, speed = 0;
+  size_t idle = 0;
+  for (const size_t d : cards) {
+    double alone = 1e-12;  // seconds for all attention and shared experts
+    for (size_t l = 0; l < p.own_bytes.size(); ++l)
+      alone += p.passes.front().own[l][d] + p.passes.front().network[l][d];
+    sum += cost.busy[d];
+    most = std::max(most, cost.busy[d]);
+    work += cost.busy[d] / alone;
+    speed += 1 / alone;
+    if (d == cards.front() || cost.busy[d] < cost.busy[idle]) idle = d;
+  }
+  const auto n = static_cast<double>(cards.size());
+  if (cards.size() < 2 || sum <= 0 || most * n <= kAlike * sum) return {};
+  const std::string text =
+      fmt::format("placement: the busiest card works {:.2f} of the mean: ", most * n / sum);
+  if (const double longer = (n * work / speed - sum) / cost.latency; longer > kDear)
+    return text + fmt::format("with equal times the slower cards would make a step {:.0f} % longer",
+                              longer * 100);
+  int64_t own = INT64_MAX;
+  for (const std::vector<int64_t>& layer : p.own_bytes) own = std::min(own, layer[idle]);
+  if (p.budget[idle] - cost.bytes[idle] < own)
+    return text +
+           "the idler ones are full, and trading experts for a layer costs more than 1 % of a "
+           "step or makes the host slower";
+  return text + "a layer more would make another card the busiest, or a step more than 1 % longer";
+}
+
+}  // namespace
+
 Result<SolverProblem> placement_problem(const PlacementInputs& inputs) {
   return Builder(inputs).run();
 }
@@ -240,18 +278,19 @@ std::vector<std::string> explain_placement(const SolverProblem& p, const Plan& p
       add(fmt::format("{} routed experts of layers {}", n, layer_list(placement, holds)));
     if (placement.head_device == d) add("output head");
     if (what.empty()) what = "nothing";
-    const double share = static_cast<double>(cost.bytes[i]) /
-                         static_cast<double>(std::max<int64_t>(p.budget[i], 1));
+    const double share =
+        static_cast<double>(cost.bytes[i]) / static_cast<double>(std::max<int64_t>(p.budget[i], 1));
     used.push_back(share);
-    lines.push_back(fmt::format("placement: {}: {} ({:.2f} GiB, {:.0f} % of its room; busy {:.2f} "
-                                "of {:.2f} ms)",
-                                plan.devices[i].name, what, gib(cost.bytes[i]), share * 100,
-                                cost.busy[i] * 1e3, cost.latency * 1e3));
+    lines.push_back(
+        fmt::format("placement: {}: {} ({:.2f} GiB, {:.0f} % of its room; busy {:.2f} "
+                    "of {:.2f} ms)",
+                    plan.devices[i].name, what, gib(cost.bytes[i]), share * 100, cost.busy[i] * 1e3,
+                    cost.latency * 1e3));
   }
 
   // What binds: a device on which the smallest movable part would no longer fit, the slowest stage.
-  const auto slowest = static_cast<size_t>(
-      std::max_element(cost.busy.begin(), cost.busy.end()) - cost.busy.begin());
+  const auto slowest =
+      static_cast<size_t>(std::max_element(cost.busy.begin(), cost.busy.end()) - cost.busy.begin());
   int64_t part = INT64_MAX;  // the smallest thing that could still move
   for (size_t l = 0; l < p.own_bytes.size(); ++l) {
     part = std::min(part, p.own_bytes[l][slowest]);
@@ -261,18 +300,21 @@ std::vector<std::string> explain_placement(const SolverProblem& p, const Plan& p
   for (size_t d = 0; d < used.size(); ++d)
     if (d != slowest && cost.busy[d] < cost.busy[slowest] && p.budget[d] - cost.bytes[d] < part)
       full += (full.empty() ? "" : ", ") + plan.devices[d].name;
-  std::string why = fmt::format("placement: made for {}: ",
-                                placement_goal_name(plan.config.placement_goal));
+  std::string why =
+      fmt::format("placement: made for {}: ", placement_goal_name(plan.config.placement_goal));
   if (cost.bytes_over > 0)
-    why += fmt::format("memory binds: {:.2f} GiB too little over all devices", gib(cost.bytes_over));
+    why +=
+        fmt::format("memory binds: {:.2f} GiB too little over all devices", gib(cost.bytes_over));
   else if (!full.empty())
     why += fmt::format("{} is the slowest stage; memory binds, no part of it fits on {} any more",
                        plan.devices[slowest].name, full);
   else
-    why += fmt::format("{} is the slowest stage; moving a layer from it would make another one "
-                       "slower, or the whole pass longer than the stage becomes shorter",
-                       plan.devices[slowest].name);
+    why += fmt::format(
+        "{} is the slowest stage; moving a layer from it would make another one "
+        "slower, or the whole pass longer than the stage becomes shorter",
+        plan.devices[slowest].name);
   lines.push_back(std::move(why));
+  if (std::string uneven = why_uneven(p, cost); !uneven.empty()) lines.push_back(std::move(uneven));
   return lines;
 }
 

@@ -11,8 +11,8 @@ namespace {
 // A placement as the descent sees it: how many experts of a layer lie on each device, in spans by
 // ascending device.
 struct State {
-  std::vector<int> layer;                    // [layer]
-  std::vector<std::vector<int64_t>> experts; // [layer][device]; empty: dense
+  std::vector<int> layer;                     // [layer]
+  std::vector<std::vector<int64_t>> experts;  // [layer][device]; empty: dense
   int embed = 0, head = 0;
 };
 
@@ -24,6 +24,10 @@ constexpr int64_t kMostScored = 100000, kScoredPerPart = 4000;
 // taken - by squares, as the slowest stage does not change before all that are as slow gave a part
 // away - and cards that are evenly full (at most a hundredth of the time for it).
 constexpr double kEvenTie = 1e-3, kMemoryTie = 0.05, kMostUneven = 0.2;
+// When the fastest is found, cards are made to work alike where that costs at most so much of its
+// time; kCardTie only says which is the evener of two.
+constexpr double kMostForEven = 1.01, kCardTie = 0.03;
+constexpr int64_t kEvenScored = 1;  // a part of the placements looked at: one of so many more
 
 class Descent {
  public:
@@ -41,6 +45,11 @@ class Descent {
   // Changes a few things at random, within the pins.
   void disturb(State& s, std::mt19937& rng) const;
   bool ended() const { return n_scored_ >= most_scored_; }
+  // From now on evenness of the cards' work counts, for some more placements.
+  void make_even() {
+    even_ = true;
+    most_scored_ = n_scored_ + most_scored_ / kEvenScored;
+  }
   Placement placement(const State& s) const;
   State state(const Placement& placement) const;
 
@@ -49,6 +58,7 @@ class Descent {
   bool try_boundaries(State& s, double& best) const;
   bool try_layers(State& s, double& best) const;
   bool try_swaps(State& s, double& best) const;
+  bool try_exchanges(State& s, double& best) const;
   bool try_experts(State& s, double& best) const;
   bool try_ends(State& s, double& best) const;
   // Moves a layer; its experts on the old device go along where they are not pinned.
@@ -58,7 +68,8 @@ class Descent {
 
   const SolverProblem& p_;
   const size_t n_layers_, n_devices_;
-  const int64_t most_scored_;
+  int64_t most_scored_;
+  bool even_ = false;
   mutable int64_t n_scored_ = 0;
 };
 
@@ -117,9 +128,12 @@ PlacementCost Descent::cost(const State& s) const {
   if (embed != head || !p_.tied_embedding) out.bytes[embed] += p_.embed_bytes[embed];
   int64_t host = 0;
   for (size_t d = 0; d < n_devices_; ++d) {
-    if (has_layers[d]) out.bytes[d] += p_.layers_scratch[d];
-    else if (has_guests[d]) out.bytes[d] += p_.guests_scratch[d];
-    else if (embed == d || head == d) out.bytes[d] += p_.ends_scratch[d];
+    if (has_layers[d])
+      out.bytes[d] += p_.layers_scratch[d];
+    else if (has_guests[d])
+      out.bytes[d] += p_.guests_scratch[d];
+    else if (embed == d || head == d)
+      out.bytes[d] += p_.ends_scratch[d];
     out.bytes_over += std::max<int64_t>(0, out.bytes[d] - p_.budget[d]);
     if (p_.is_host[d]) host += out.bytes[d];
   }
@@ -153,16 +167,24 @@ double Descent::score(const State& s) const {
   const PlacementCost c = cost(s);
   double busy = 0, squares = 1e-30;
   for (const double b : c.busy) busy += b, squares += b * b;
-  double fullest = 0, sum = 0, n = 0;
+  double fullest = 0, sum = 0, n = 0, busiest = 0, works = 1e-30, works_squares = 0;
   for (size_t d = 0; d < n_devices_; ++d) {
     if (p_.is_host[d] || p_.budget[d] <= 0) continue;
     const double share = static_cast<double>(c.bytes[d]) / static_cast<double>(p_.budget[d]);
     fullest = std::max(fullest, share);
     sum += share;
     ++n;
+    works += c.busy[d];
+    busiest = std::max(busiest, c.busy[d]);
+    works_squares += c.busy[d] * c.busy[d];
   }
-  const double uneven = sum > 0 ? std::min(fullest * n / sum - 1, kMostUneven) : 0;
-  return c.makespan + kEvenTie * squares / (busy + 1e-30) + kMemoryTie * uneven * c.latency +
+  // 0: all cards work alike.  The first falls with every part that goes from a busy card to
+  // another, the second counts where they are nearly alike.
+  const double one_sided = std::log1p(std::max(n * works_squares / (works * works) - 1, 0.0)) +
+                           std::max(busiest * n / works - 1, 0.0);
+  const double uneven = sum > 0 ? std::min(fullest * n / sum - 1, even_ ? 1.0 : kMostUneven) : 0;
+  return c.makespan + kEvenTie * squares / (busy + 1e-30) +
+         (kMemoryTie * uneven + (even_ ? kCardTie * one_sided : 0)) * c.latency +
          kSecondsPerByteOver * static_cast<double>(c.bytes_over);
 }
 
@@ -213,8 +235,8 @@ bool Descent::try_boundaries(State& s, double& best) const {
     while (end < n_layers_ && s.layer[end] == s.layer[first]) ++end;
     for (int d = 0; d < p_.n_devices; ++d) {
       // The whole run, its beginning, its end.
-      for (const auto& [from, to] : {std::pair(first, end), std::pair(first, first + 1),
-                                     std::pair(end - 1, end)}) {
+      for (const auto& [from, to] :
+           {std::pair(first, end), std::pair(first, first + 1), std::pair(end - 1, end)}) {
         if (s.layer[from] == d) continue;
         State changed = s;
         for (size_t l = from; l < to; ++l)
@@ -261,6 +283,57 @@ bool Descent::try_swaps(State& s, double& best) const {
         if (experts) std::swap(changed.experts[a], changed.experts[b]);
         any |= keep_if_better(s, std::move(changed), best);
       }
+  return any;
+}
+
+// A layer goes to another device, which gives experts of as many bytes in return, to the layer's
+// old device or by way of a third: what full devices can still do for each other.
+bool Descent::try_exchanges(State& s, double& best) const {
+  bool any = false;
+  for (size_t l = 0; l < n_layers_; ++l)
+    for (size_t to = 0; to < n_devices_; ++to)
+      for (size_t by = 0; by < n_devices_; ++by)
+        for (const bool with_experts : {true, false}) {
+          const auto from = static_cast<size_t>(s.layer[l]);
+          // Only hosts have room to pass things on.
+          if (from == to || by == to || (by != from && !p_.is_host[by]) || p_.pins.layers[l] >= 0)
+            continue;
+          State changed = s;
+          int64_t owed = p_.own_bytes[l][to];
+          if (with_experts) {
+            move_layer(changed, l, static_cast<int>(to));
+            if (!s.experts[l].empty())
+              owed += (changed.experts[l][to] - s.experts[l][to]) * p_.expert_bytes[l][to];
+          } else {
+            changed.layer[l] = static_cast<int>(to);
+          }
+          // Of layers that live where they go; by a third, of its own layers to it, and from it to
+          // those of the old device.  Then of any.
+          const bool third = by != from;
+          const auto give = [&](size_t giver, size_t taker, size_t home, int64_t bytes, bool up) {
+            for (const bool at_home : {true, false})
+              for (size_t e = 0; e < n_layers_ && bytes > 0; ++e) {
+                if (e == l || changed.experts[e].empty() ||
+                    (static_cast<size_t>(changed.layer[e]) == home) != at_home)
+                  continue;
+                const int64_t each = p_.expert_bytes[e][giver];
+                const int64_t n = std::min(changed.experts[e][giver] - pinned_experts(e, giver),
+                                           (bytes + (up ? each - 1 : 0)) / each);
+                if (n <= 0) continue;
+                changed.experts[e][giver] -= n;
+                changed.experts[e][taker] += n;
+                bytes -= n * each;
+              }
+          };
+          give(to, by, third ? to : from, owed, /*up=*/true);
+          if (third) {
+            int64_t freed = p_.own_bytes[l][from];
+            if (with_experts && !s.experts[l].empty())
+              freed += (s.experts[l][from] - changed.experts[l][from]) * p_.expert_bytes[l][from];
+            give(by, from, from, freed, /*up=*/false);
+          }
+          any |= keep_if_better(s, std::move(changed), best);
+        }
   return any;
 }
 
@@ -330,7 +403,8 @@ void Descent::improve(State& s) const {
   double best = score(s);
   constexpr int kMostRounds = 200;
   for (int round = 0; round < kMostRounds; ++round) {
-    bool any = try_boundaries(s, best);
+    bool any = even_ && try_exchanges(s, best);
+    any |= try_boundaries(s, best);
     any |= try_experts(s, best);
     any |= try_ends(s, best);
     // The dearer ones when the others have ended.
@@ -459,7 +533,7 @@ PlacementCost cost_of(const SolverProblem& problem, const Placement& placement) 
 }
 
 Placement solve_placement(const SolverProblem& p) {
-  const Descent descent(p);
+  Descent descent(p);
   const auto n = static_cast<size_t>(p.n_devices);
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
@@ -539,6 +613,25 @@ Placement solve_placement(const SolverProblem& p) {
     const int times = few_parts && round % 3 == 0 ? 8 : 1;
     for (int i = 0; i < times; ++i) descent.disturb(s, rng);
     walk = consider(s) <= best_score * kTooFar ? std::move(s) : best;
+  }
+
+  // The evenest of those that are nearly as fast, from the best and from all starts.
+  descent.make_even();
+  const PlacementCost fastest_cost = descent.cost(best);
+  double even_score = descent.score(best);
+  std::vector<State> from = {best};
+  for (const std::vector<double>& shares : starts)
+    if (std::accumulate(shares.begin(), shares.end(), 0.0) > 0)
+      from.push_back(descent.from_shares(shares, order));
+  for (State& s : from) {
+    if (descent.ended()) break;
+    descent.improve(s);
+    const PlacementCost c = descent.cost(s);
+    const double score = descent.score(s);
+    if (c.bytes_over <= fastest_cost.bytes_over && score < even_score &&
+        c.makespan <= kMostForEven * fastest_cost.makespan &&
+        c.latency <= kMostForEven * fastest_cost.latency)
+      even_score = score, best = s;
   }
   return descent.placement(best);
 }
