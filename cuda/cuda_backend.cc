@@ -7,16 +7,20 @@
 #include <algorithm>
 
 #include "cuda/kv_view.h"
+#include "cuda/products.h"
 #include "cuda/weights.h"
 #include "fathom/quant.hpp"
 
 namespace fathom::cuda {
 
 std::string CudaBackend::describe() const {
+  const LaunchQueue::Counts steps = device_->queue().counts();
   return fmt::format(
       "{}, numerics {}\n"
-      "  products: own kernels below {} rows, then dequantised panels and cuBLASLt\n",
-      device_->describe(), exact() ? "exact" : "fast", exact() ? 9 : 64);
+      "  products: own kernels below {} rows, then dequantised panels and cuBLASLt\n"
+      "  steps: {} graphs made, run {} times, {} nodes updated{}\n",
+      device_->describe(), exact() ? "exact" : "fast", exact() ? 9 : 64, steps.graphs_made,
+      steps.graph_runs, steps.nodes_updated, steps.off ? "; off, the driver refused one" : "");
 }
 
 // ---- weights ----------------------------------------------------------------------------------
@@ -89,11 +93,11 @@ Status CudaBackend::sync(const OpContext& op) noexcept try {
   {
     const std::lock_guard lock(faults_mutex_);
     error = lost_;
-    for (int i = 0; i < n_faults_; ++i)
-      if (faults_[i].context == op.workspace) {
+    // Faults of operations without a context (rewritten pages) go to whoever waits first.
+    for (int i = n_faults_ - 1; i >= 0; --i)
+      if (faults_[i].context == op.workspace || faults_[i].context == nullptr) {
         error = faults_[i].error;
         faults_[i] = faults_[--n_faults_];
-        break;
       }
   }
   if (!waited.ok()) return waited;
@@ -107,13 +111,21 @@ Status CudaBackend::sync(const OpContext& op) noexcept try {
 
 // ---- operations of one kernel -----------------------------------------------------------------
 
+// A pass of few rows begins on this device: with the embedding, or with the rotations of its first
+// layer.  What a longer pass queues keeps the device busy as it is.
+void CudaBackend::begin_pass(int64_t n_rows) noexcept {
+  if (n_rows <= kFewRows) device_->queue().begin();
+}
+
 void CudaBackend::embed(const OpContext& op, const EmbedParams& p) noexcept {
+  begin_pass(p.n_tokens);
   check(op, cuda::embed(device_->stream(), view_of(*p.table), p));
 }
 void CudaBackend::rms_norm(const OpContext& op, const RmsNormParams& p) noexcept {
   check(op, cuda::rms_norm(device_->stream(), p));
 }
 void CudaBackend::rope_table(const OpContext& op, const RopeTableParams& p) noexcept {
+  begin_pass(p.n_tokens);
   check(op, cuda::rope_table(device_->stream(), p));
 }
 void CudaBackend::rope(const OpContext& op, const RopeParams& p) noexcept {

@@ -75,6 +75,7 @@ class CudaBackend final : public Backend {
  private:
   // Keeps the first error of a context.
   void check(const OpContext& op, int error) noexcept;
+  void begin_pass(int64_t n_rows) noexcept;
   bool exact() const noexcept { return numerics_ == Numerics::kExact; }
 
   std::unique_ptr<Device> device_;

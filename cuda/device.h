@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cuda/kernels.h"
+#include "cuda/launch_queue.h"
 #include "fathom/backend.hpp"
 #include "fathom/status.hpp"
 
@@ -32,6 +33,9 @@ struct GemmParams {
 inline constexpr int64_t kGemmWorkspaceBytes = int64_t{8} << 20;
 
 // Thread-safe.  Errors: kMemory for memory, kDevice for all else, with the driver's text.
+//
+// What a device queues runs in the order of the calls, whatever the queue does with it: copies,
+// memory calls and gemm() hand over first what is kept for a graph.
 class Device {
  public:
   virtual ~Device() = default;
@@ -54,12 +58,14 @@ class Device {
   // Pinned memory for uploads, kStagingBytes; whoever uses it holds a lock of the backend.
   virtual std::byte* staging() noexcept = 0;
 
-  virtual Stream stream() const noexcept = 0;
+  virtual LaunchQueue& queue() noexcept = 0;
   // Queued like a kernel: 0, or an error for error_text().
   virtual int gemm(const GemmParams&) noexcept = 0;
-  // Waits for the stream.
+  // Ends a step and waits for the stream.
   virtual Status wait() noexcept = 0;
   virtual std::string error_text(int error) const = 0;
+
+  Stream stream() noexcept { return &queue(); }
 };
 inline constexpr int64_t kStagingBytes = int64_t{8} << 20;
 

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/kernels.h"
 
@@ -22,26 +23,6 @@ namespace fathom::cuda {
 __device__ inline unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char fathom_shared[];
   return fathom_shared;
-}
-
-// Errors: of the launch itself; what a kernel does wrong shows when the stream is waited for.
-template <class Params>
-int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream stream,
-           Params params) {
-  constexpr size_t kSharedForAll = 48 << 10;
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kSharedForAll)
-    if (cudaError_t e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes));
-        e != cudaSuccess) {
-      cudaGetLastError();
-      return e;
-    }
-  void* args[] = {&params};
-  const cudaError_t e = cudaLaunchKernel(function, grid, dim3(threads), args, shared_bytes,
-                                         static_cast<cudaStream_t>(stream));
-  if (e != cudaSuccess) cudaGetLastError();  // it is told here, and not to the next caller
-  return e;
 }
 
 // d += a * b for tiles of 16 x 8 x 16: m16n8k16, bf16 with f32 sums (PTX ISA, section 9.7.14).
@@ -74,20 +55,19 @@ inline unsigned char* shared_memory() {
 }
 
 template <class Params>
-int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream,
-           Params params) {
+void emulate(const KernelLaunch& l) {
   struct Call {
     void (*kernel)(Params);
     Params params;
-  } call{kernel, params};
+  } call{reinterpret_cast<void (*)(Params)>(const_cast<void*>(l.kernel)), {}};
+  std::memcpy(&call.params, l.params, sizeof(Params));
   emulated::Machine::here().run(
-      grid, {threads, 1, 1}, shared_bytes,
+      {l.grid[0], l.grid[1], l.grid[2]}, {l.threads, 1, 1}, l.shared_bytes,
       [](void* arg) {
         const Call& c = *static_cast<const Call*>(arg);
         c.kernel(c.params);
       },
       &call);
-  return emulated::Machine::here().failed() ? kEmulationFailed : 0;
 }
 
 inline float bf16_of_pair(uint32_t pair, int which) {
@@ -126,5 +106,31 @@ inline void load_transposed(uint32_t (&out)[2], const uint16_t* row) {
 }
 
 #endif
+
+// Queues a kernel.  Errors: of the launch itself, or, where launches are kept for a graph, none:
+// they come when the step is waited for, as what a kernel does wrong does.
+template <class Params>
+int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream stream,
+           Params params) {
+  static_assert(std::is_trivially_copyable_v<Params> && alignof(Params) <= 16);
+#if defined(__has_builtin) && __has_builtin(__builtin_clear_padding)
+  __builtin_clear_padding(&params);  // graphs tell by the bytes what has changed
+#endif
+  KernelLaunch l{.kernel = reinterpret_cast<const void*>(kernel),
+                 .grid = {grid.x, grid.y, grid.z},
+                 .threads = threads,
+                 .shared_bytes = shared_bytes,
+                 .params = &params,
+                 .params_bytes = sizeof params,
+                 .emulate = nullptr};
+#ifndef __CUDACC__
+  l.emulate = emulate<Params>;
+  if (stream == nullptr) {
+    l.emulate(l);
+    return emulated::Machine::here().failed() ? kEmulationFailed : 0;
+  }
+#endif
+  return stream->launch(l);
+}
 
 }  // namespace fathom::cuda

@@ -6,12 +6,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "cuda/device.h"
 #include "cuda/gpu_gemm.h"
+#include "cuda/gpu_launcher.h"
+#include "cuda/gpu_usage.h"
 
 namespace fathom::cuda {
 namespace {
@@ -21,6 +25,10 @@ constexpr int kMinMajor = 8;
 // Free memory that is left alone: the driver loads kernels, ours and cuBLASLt's, when they are
 // first used, and a full device could not start them.
 constexpr int64_t kDriverBytes = int64_t{256} << 20;
+// What a context is taken to cost where the driver's management library cannot tell; more than
+// kMostContextBytes is not the context's, but what others took meanwhile.
+constexpr int64_t kAssumedContextBytes = int64_t{512} << 20;
+constexpr int64_t kMostContextBytes = int64_t{2} << 30;
 
 // The driver's functions for address ranges, found at run time: the plug-in must load without one.
 struct Driver {
@@ -72,18 +80,22 @@ class GpuDevice final : public Device {
   std::string_view name() const noexcept override { return name_; }
   std::string describe() const override {
     return fmt::format(
-        "{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}", name_,
-        properties_.name, properties_.major, properties_.minor, properties_.multiProcessorCount,
-        driver_version_ / 1000, driver_version_ % 1000 / 10, library_->version(),
-        ranges_ ? "address ranges" : "whole blocks (no virtual memory management)");
+        "{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}, context {} "
+        "MiB{}",
+        name_, properties_.name, properties_.major, properties_.minor,
+        properties_.multiProcessorCount, driver_version_ / 1000, driver_version_ % 1000 / 10,
+        library_->version(),
+        ranges_ ? "address ranges" : "whole blocks (no virtual memory management)",
+        context_bytes_ >> 20, context_measured_ ? "" : " (assumed)");
   }
   int64_t max_shared_bytes() const noexcept override {
     return static_cast<int64_t>(properties_.sharedMemPerBlockOptin);
   }
   int64_t granularity() const noexcept override { return granularity_; }
   MemoryState memory() const noexcept override;
-  // Of the host: pinned memory.  The context's own memory is outside what memory() calls free.
-  int64_t runtime_bytes() const noexcept override { return kStagingBytes; }
+  int64_t runtime_bytes() const noexcept override {
+    return kStagingBytes + kGraphBytes + context_bytes_;
+  }
   Result<void*> reserve(int64_t bytes) noexcept override;
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void decommit(void* base, int64_t offset, int64_t bytes) noexcept override;
@@ -91,12 +103,9 @@ class GpuDevice final : public Device {
   Status upload(void* device, const void* host, int64_t bytes) noexcept override;
   Status download(void* host, const void* device, int64_t bytes) noexcept override;
   std::byte* staging() noexcept override { return staging_; }
-  // Whoever takes the stream is about to launch on it: the thread's current device must be this.
-  Stream stream() const noexcept override {
-    cudaSetDevice(index_);
-    return stream_;
-  }
+  LaunchQueue& queue() noexcept override { return *queue_; }
   int gemm(const GemmParams& p) noexcept override {
+    if (int e = queue_->flush(LaunchQueue::Why::kOrder)) return e;
     return use() == cudaSuccess ? library_->gemm(stream_, p) : cudaErrorDevicesUnavailable;
   }
   Status wait() noexcept override;
@@ -113,6 +122,11 @@ class GpuDevice final : public Device {
   cudaError_t use() const noexcept { return cudaSetDevice(index_); }
   Status failed(const char* what, cudaError_t e, Code code = Code::kDevice) const noexcept;
   Status failed(const char* what, CUresult e, Code code = Code::kDevice) const noexcept;
+  // Hands over what the queue keeps; an error is for the next wait or copy.
+  void hand_over(LaunchQueue::Why why = LaunchQueue::Why::kOrder) noexcept {
+    if (int e = queue_->flush(why)) refused_ = e;
+  }
+  Status take_refused() noexcept;
   CUmemAllocationProp allocation() const noexcept {
     CUmemAllocationProp prop{};
     prop.type = CU_MEM_ALLOCATION_TYPE_PINNED;
@@ -130,6 +144,11 @@ class GpuDevice final : public Device {
   cudaStream_t stream_ = nullptr;
   std::byte* staging_ = nullptr;
   std::unique_ptr<GemmLibrary> library_;
+  std::optional<GpuLauncher> launcher_;
+  std::optional<LaunchQueue> queue_;
+  std::atomic<int> refused_{0};
+  int64_t context_bytes_ = 0;
+  bool context_measured_ = false;
   Driver driver_;
   bool ranges_ = false;  // the driver can map memory into reserved addresses
   int64_t granularity_ = int64_t{2} << 20;
@@ -173,6 +192,9 @@ Result<std::unique_ptr<Device>> GpuDevice::open(int index, std::string name) {
     return Status(Code::kUnsupported,
                   fmt::format("{}: {} is sm_{}{}; sm_80 and newer are supported", d->name_,
                               d->properties_.name, d->properties_.major, d->properties_.minor));
+  char bus_id[32] = "";
+  cudaDeviceGetPCIBusId(bus_id, sizeof bus_id, index);
+  const std::optional<int64_t> used_before = gpu_used_bytes(bus_id);
   FATHOM_TRY_ASSIGN(d->library_, open_gemm_library());
   if (cudaError_t e = d->use(); e != cudaSuccess) return d->failed("making a context", e);
   if (cudaError_t e = cudaStreamCreateWithFlags(&d->stream_, cudaStreamNonBlocking);
@@ -183,6 +205,13 @@ Result<std::unique_ptr<Device>> GpuDevice::open(int index, std::string name) {
       e != cudaSuccess)
     return d->failed("taking pinned memory", e, Code::kMemory);
   d->staging_ = static_cast<std::byte*>(staging);
+  d->launcher_.emplace(index, d->stream_);
+  d->queue_.emplace(*d->launcher_);
+  const std::optional<int64_t> used_after = gpu_used_bytes(bus_id);
+  d->context_measured_ = used_before && used_after;
+  d->context_bytes_ = d->context_measured_
+                          ? std::clamp<int64_t>(*used_after - *used_before, 0, kMostContextBytes)
+                          : kAssumedContextBytes;
 
   d->ranges_ = find_driver(d->driver_);
   if (d->ranges_) {
@@ -199,6 +228,7 @@ GpuDevice::~GpuDevice() {
   if (use() != cudaSuccess) return;  // the driver is gone, and all memory with it
   if (stream_ != nullptr) {
     cudaStreamSynchronize(stream_);
+    queue_.reset();
     cudaStreamDestroy(stream_);
   }
   if (staging_ != nullptr) cudaFreeHost(staging_);
@@ -269,6 +299,7 @@ Status GpuDevice::map(uintptr_t begin, uintptr_t end) {
 
 Status GpuDevice::commit(void* base, int64_t offset, int64_t bytes) noexcept try {
   if (bytes <= 0) return {};
+  hand_over();
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
   auto* at = static_cast<std::byte*>(base) + offset;
   const auto begin = reinterpret_cast<uintptr_t>(at);
@@ -293,6 +324,7 @@ void GpuDevice::unmap(uintptr_t begin, uintptr_t end) noexcept {
 }
 
 void GpuDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
+  hand_over();
   if (!ranges_ || use() != cudaSuccess) return;
   cudaStreamSynchronize(stream_);  // what still reads or writes it
   const auto begin = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
@@ -301,6 +333,7 @@ void GpuDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
 }
 
 void GpuDevice::release(void* base, int64_t bytes) noexcept {
+  hand_over();
   if (use() != cudaSuccess) return;
   cudaStreamSynchronize(stream_);
   if (!ranges_) {
@@ -315,6 +348,8 @@ void GpuDevice::release(void* base, int64_t bytes) noexcept {
 
 Status GpuDevice::upload(void* device, const void* host, int64_t bytes) noexcept {
   if (bytes <= 0) return {};
+  hand_over();
+  FATHOM_TRY(take_refused());
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
   cudaError_t e =
       cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_);
@@ -324,6 +359,8 @@ Status GpuDevice::upload(void* device, const void* host, int64_t bytes) noexcept
 
 Status GpuDevice::download(void* host, const void* device, int64_t bytes) noexcept {
   if (bytes <= 0) return {};
+  hand_over();
+  FATHOM_TRY(take_refused());
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
   cudaError_t e =
       cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream_);
@@ -331,10 +368,17 @@ Status GpuDevice::download(void* host, const void* device, int64_t bytes) noexce
   return e == cudaSuccess ? Status() : failed("copying from the device", e);
 }
 
+Status GpuDevice::take_refused() noexcept {
+  const int e = refused_.exchange(0);
+  return e == 0 ? Status() : failed("a kernel could not be started", static_cast<cudaError_t>(e));
+}
+
 Status GpuDevice::wait() noexcept {
+  hand_over(LaunchQueue::Why::kStep);
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
-  const cudaError_t e = cudaStreamSynchronize(stream_);
-  return e == cudaSuccess ? Status() : failed("waiting for the device", e);
+  if (const cudaError_t e = cudaStreamSynchronize(stream_); e != cudaSuccess)
+    return failed("waiting for the device", e);
+  return take_refused();
 }
 
 }  // namespace

@@ -87,7 +87,7 @@ class LtLibrary final : public GemmLibrary {
 
   std::string version() const override { return fmt::format("cuBLASLt {}", f_.version()); }
 
-  int gemm(Stream stream, const GemmParams& p) noexcept override {
+  int gemm(void* stream, const GemmParams& p) noexcept override {
     const cublasStatus_t status = run(static_cast<cudaStream_t>(stream), p);
     return status == CUBLAS_STATUS_SUCCESS ? 0 : kGemmError + static_cast<int>(status);
   }

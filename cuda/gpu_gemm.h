@@ -12,7 +12,7 @@ class GemmLibrary {
  public:
   virtual ~GemmLibrary() = default;
   // Queues the product on the stream; 0, or a status of the library as kGemmError + status.
-  virtual int gemm(Stream, const GemmParams&) noexcept = 0;
+  virtual int gemm(void* cuda_stream, const GemmParams&) noexcept = 0;
   virtual std::string version() const = 0;
 };
 inline constexpr int kGemmError = 100000;

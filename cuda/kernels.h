@@ -5,11 +5,12 @@
 
 #include <cstdint>
 
+#include "cuda/launch_queue.h"
 #include "fathom/backend.hpp"
 
 namespace fathom::cuda {
 
-using Stream = void*;  // cudaStream_t
+using Stream = LaunchSink*;  // null: launches run at once (the emulation alone)
 inline constexpr int kEmulationFailed = -1;
 inline constexpr int kNoKernel = -2;  // weight_layout() refuses such types
 
@@ -52,6 +53,21 @@ struct ProductParams {
 };
 // For few rows: every weight is read once per eight rows, f32 arithmetic throughout.
 int product_few_rows(Stream, const ProductParams&);
+// Rows of x as signed bytes: each 16 values have a scale, x = d * code; sum is d times the sum of
+// the codes.
+struct alignas(8) Int8Scale {
+  float d, sum;
+};
+struct Int8Rows {
+  uint8_t* codes;     // [n_rows, cols]
+  Int8Scale* scales;  // [n_rows, cols / 16]
+};
+// n_cols: a multiple of 32.
+int round_to_int8(Stream, const float* x, int64_t x_stride, int64_t n_rows, int64_t n_cols,
+                  const Int8Rows& out);
+// As product_few_rows, with rounded rows instead of p.x: integer products, f32 sums of segments.
+int product_int8(Stream, const ProductParams&, const Int8Rows& x);
+bool has_int8_product(DType) noexcept;
 // Tensor cores: weights and x rounded to bf16 tile by tile, f32 sums.
 int product_tiles(Stream, const ProductParams&);
 // out[i, c] = sum_r x[i, r] * w[r, c]: the other way through the same matrix.  No groups, no add.
@@ -180,16 +196,16 @@ struct SortParams {
   const int32_t* ids;  // [n_pairs]
   int64_t n_pairs, num_experts_per_tok;
   int64_t first_expert, n_experts;  // those that are here
-  int32_t* first;     // [n_experts + 1]
-  int32_t* active;    // [n_experts]
-  int32_t* n_active;  // [1]
-  int32_t* tokens;    // [n_pairs] token of each sorted pair
-  int32_t* places;    // [n_pairs] where each pair went; -1: an expert that is not here
+  int32_t* first;                   // [n_experts + 1]
+  int32_t* active;                  // [n_experts]
+  int32_t* n_active;                // [1]
+  int32_t* tokens;                  // [n_pairs] token of each sorted pair
+  int32_t* places;  // [n_pairs] where each pair went; -1: an expert that is not here
 };
 int sort_by_expert(Stream, const SortParams&);
 
-// out[t, first_col + c] (+)= sum over the token's pairs, by ascending expert, of weight * rows[place,
-// c].
+// out[t, first_col + c] (+)= sum over the token's pairs, by ascending expert, of weight *
+// rows[place, c].
 struct CombineParams {
   const float* rows;  // [n_pairs, n_cols]
   const int32_t* places;

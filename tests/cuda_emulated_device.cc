@@ -2,12 +2,17 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "fathom/tensor.hpp"
 
 namespace fathom::test {
 namespace {
+
+constexpr const char* kLostText = "unspecified launch failure (cudaErrorLaunchFailure)";
 
 std::byte* at(void* base, int64_t offset) {
   return static_cast<std::byte*>(base) + offset;
@@ -15,8 +20,74 @@ std::byte* at(void* base, int64_t offset) {
 
 }  // namespace
 
-EmulatedDevice::EmulatedDevice(std::string name, int64_t total_bytes)
-    : name_(std::move(name)), total_(total_bytes), staging_(new std::byte[cuda::kStagingBytes]) {}
+// ---- graphs -------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr int kRefused = 701;  // as cudaErrorLaunchOutOfResources
+
+struct Graph {
+  struct Node {
+    cuda::KernelLaunch launch;
+    std::unique_ptr<std::byte[]> params;
+  };
+  std::vector<Node> nodes;
+};
+
+}  // namespace
+
+int EmulatedGraphs::run(const cuda::KernelLaunch& l) noexcept {
+  if (launches_until_refusal >= 0 && launches_until_refusal-- == 0) return kRefused;
+  l.emulate(l);
+  return 0;  // what a kernel does wrong shows when it is waited for
+}
+
+void* EmulatedGraphs::make(std::span<const cuda::KernelLaunch> launches) noexcept {
+  if (!makes_graphs) return nullptr;
+  auto graph = std::make_unique<Graph>();
+  for (const cuda::KernelLaunch& l : launches) {
+    // New memory of exactly this size, so that the address sanitizer sees stale pointers.
+    Graph::Node node{l, std::unique_ptr<std::byte[]>(new std::byte[l.params_bytes])};
+    std::memcpy(node.params.get(), l.params, l.params_bytes);
+    node.launch.params = node.params.get();
+    graph->nodes.push_back(std::move(node));
+  }
+  ++n_graphs_;
+  return graph.release();
+}
+
+int EmulatedGraphs::update(void* graph, size_t index, const cuda::KernelLaunch& l) noexcept {
+  if (!updates_graphs) return kRefused;
+  Graph::Node& node = static_cast<Graph*>(graph)->nodes.at(index);
+  if (node.launch.kernel != l.kernel || node.launch.params_bytes != l.params_bytes) std::abort();
+  std::memcpy(node.params.get(), l.params, l.params_bytes);
+  std::copy_n(l.grid, 3, node.launch.grid);
+  return 0;
+}
+
+int EmulatedGraphs::run(void* graph) noexcept {
+  for (const Graph::Node& node : static_cast<Graph*>(graph)->nodes)
+    if (int e = run(node.launch)) return e;
+  return 0;
+}
+
+void EmulatedGraphs::destroy(void* graph) noexcept {
+  --n_graphs_;
+  delete static_cast<Graph*>(graph);
+}
+
+// ---- the device ---------------------------------------------------------------------------------
+
+EmulatedDevice::EmulatedDevice(std::string name, std::shared_ptr<EmulatedMemory> memory)
+    : name_(std::move(name)),
+      memory_(std::move(memory)),
+      staging_(new std::byte[cuda::kStagingBytes]) {
+  memory_->committed += kContextBytes;
+}
+
+EmulatedDevice::~EmulatedDevice() {
+  memory_->committed -= kContextBytes;
+}
 
 Result<void*> EmulatedDevice::reserve(int64_t bytes) noexcept {
   void* base = mmap(nullptr, static_cast<size_t>(bytes), PROT_NONE,
@@ -26,39 +97,58 @@ Result<void*> EmulatedDevice::reserve(int64_t bytes) noexcept {
 }
 
 Status EmulatedDevice::commit(void* base, int64_t offset, int64_t bytes) noexcept {
+  hand_over();
   if (commits_until_failure >= 0 && commits_until_failure-- == 0)
     return Status(Code::kMemory, name_ + ": out of memory (a failure on purpose)");
-  if (committed_ + bytes > total_) return Status(Code::kMemory, name_ + ": out of memory");
+  if (memory_->committed + bytes > memory_->total)
+    return Status(Code::kMemory, name_ + ": out of memory");
   if (mprotect(at(base, offset), static_cast<size_t>(bytes), PROT_READ | PROT_WRITE) != 0)
     return Status(Code::kMemory, "mprotect");
-  committed_ += bytes;
+  memory_->committed += bytes;
   ranges_[base] += bytes;
   return {};
 }
 
 void EmulatedDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
+  hand_over();
   mmap(at(base, offset), static_cast<size_t>(bytes), PROT_NONE,
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
-  committed_ -= bytes;
+  memory_->committed -= bytes;
   ranges_[base] -= bytes;
 }
 
 void EmulatedDevice::release(void* base, int64_t bytes) noexcept {
+  hand_over();
   munmap(base, static_cast<size_t>(bytes));
-  committed_ -= ranges_[base];
+  memory_->committed -= ranges_[base];
   ranges_.erase(base);
 }
 
-Status EmulatedDevice::upload(void* device, const void* host, int64_t bytes) noexcept {
-  if (bytes > 0) std::memcpy(device, host, static_cast<size_t>(bytes));
+// As copies of a GPU: in the order of the stream, and impossible once the device is lost.
+Status EmulatedDevice::copy(void* to, const void* from, int64_t bytes) noexcept {
+  if (bytes <= 0) return {};
+  hand_over();
+  FATHOM_TRY(take_refused());
+  if (lost_) return Status(Code::kDevice, name_ + ": copying: " + kLostText);
+  std::memcpy(to, from, static_cast<size_t>(bytes));
   return {};
 }
+Status EmulatedDevice::upload(void* device, const void* host, int64_t bytes) noexcept {
+  return copy(device, host, bytes);
+}
 Status EmulatedDevice::download(void* host, const void* device, int64_t bytes) noexcept {
-  return upload(host, device, bytes);
+  return copy(host, device, bytes);
+}
+Status EmulatedDevice::take_refused() noexcept {
+  const int e = std::exchange(refused_, 0);
+  return e == 0
+             ? Status()
+             : Status(Code::kDevice, name_ + ": a kernel could not be started: " + error_text(e));
 }
 
 int EmulatedDevice::gemm(const cuda::GemmParams& p) noexcept {
   ++gemms_;
+  if (int e = queue_.flush(cuda::LaunchQueue::Why::kOrder)) return e;
   const auto value = [&](const void* base, int64_t i) {
     return p.bf16 ? bf16_to_f32(static_cast<const uint16_t*>(base)[i])
                   : static_cast<const float*>(base)[i];
@@ -82,12 +172,17 @@ int EmulatedDevice::gemm(const cuda::GemmParams& p) noexcept {
 }
 
 Status EmulatedDevice::wait() noexcept {
+  hand_over(cuda::LaunchQueue::Why::kStep);
+  if (waits_until_loss >= 0 && waits_until_loss-- == 0) lost_ = true;
+  if (lost_) return Status(Code::kDevice, name_ + ": waiting for the device: " + kLostText);
   const std::string failure = cuda::emulated::Machine::here().take_failure();
-  return failure.empty() ? Status() : Status(Code::kDevice, name_ + ": " + failure);
+  if (!failure.empty()) return Status(Code::kDevice, name_ + ": " + failure);
+  return take_refused();
 }
 
 std::string EmulatedDevice::error_text(int error) const {
-  return "error " + std::to_string(error);
+  return error == kRefused ? "too many resources requested for launch"
+                           : "error " + std::to_string(error);
 }
 
 }  // namespace fathom::test

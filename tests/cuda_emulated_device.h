@@ -2,10 +2,13 @@
 // is a plain loop.  With it the whole CUDA backend is tested.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <span>
 #include <string>
+#include <utility>
 
 #include "cuda/cuda_backend.h"
 #include "cuda/device.h"
@@ -13,22 +16,57 @@
 
 namespace fathom::test {
 
+// The memory of one GPU, which all that open it share.
+struct EmulatedMemory {
+  int64_t total = int64_t{8} << 30;
+  std::atomic<int64_t> committed{0};
+};
+
+// Graphs as lists of launches with parameters of their own, run one after the other.
+class EmulatedGraphs final : public cuda::GraphDriver {
+ public:
+  // Launches until one is refused, once; -1: none is.
+  int64_t launches_until_refusal = -1;
+  bool makes_graphs = true, updates_graphs = true;
+  int64_t n_graphs() const noexcept { return n_graphs_; }
+
+  int run(const cuda::KernelLaunch&) noexcept override;
+  void* make(std::span<const cuda::KernelLaunch>) noexcept override;
+  int update(void* graph, size_t index, const cuda::KernelLaunch&) noexcept override;
+  int run(void* graph) noexcept override;
+  void destroy(void* graph) noexcept override;
+
+ private:
+  int64_t n_graphs_ = 0;  // that live
+};
+
 // Reserved addresses fault until they are committed; committed memory is zeroed.
 class EmulatedDevice final : public cuda::Device {
  public:
-  explicit EmulatedDevice(std::string name = "cuda:0", int64_t total_bytes = int64_t{8} << 30);
+  explicit EmulatedDevice(std::string name = "cuda:0", std::shared_ptr<EmulatedMemory> memory =
+                                                           std::make_shared<EmulatedMemory>());
+  ~EmulatedDevice() override;
+
+  EmulatedGraphs graphs;
+  // Waits until the device is lost, for good; -1: it is not.
+  int64_t waits_until_loss = -1;
 
   // Commits until the next one that fails once; -1: none fails.
   int64_t commits_until_failure = -1;
-  int64_t committed_bytes() const noexcept { return committed_; }
+  static constexpr int64_t kContextBytes = int64_t{1} << 20;
+  int64_t committed_bytes() const noexcept { return memory_->committed; }
   int64_t gemms() const noexcept { return gemms_; }
 
   std::string_view name() const noexcept override { return name_; }
   std::string describe() const override { return name_ + ": emulated on the host"; }
   int64_t max_shared_bytes() const noexcept override { return 227 << 10; }
   int64_t granularity() const noexcept override { return 64 << 10; }
-  MemoryState memory() const noexcept override { return {total_, total_ - committed_}; }
-  int64_t runtime_bytes() const noexcept override { return cuda::kStagingBytes; }
+  MemoryState memory() const noexcept override {
+    return {memory_->total, memory_->total - memory_->committed};
+  }
+  int64_t runtime_bytes() const noexcept override {
+    return cuda::kStagingBytes + cuda::kGraphBytes + kContextBytes;
+  }
   Result<void*> reserve(int64_t bytes) noexcept override;
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void decommit(void* base, int64_t offset, int64_t bytes) noexcept override;
@@ -36,16 +74,25 @@ class EmulatedDevice final : public cuda::Device {
   Status upload(void* device, const void* host, int64_t bytes) noexcept override;
   Status download(void* host, const void* device, int64_t bytes) noexcept override;
   std::byte* staging() noexcept override { return staging_.get(); }
-  cuda::Stream stream() const noexcept override { return nullptr; }
+  cuda::LaunchQueue& queue() noexcept override { return queue_; }
   int gemm(const cuda::GemmParams&) noexcept override;
   Status wait() noexcept override;
   std::string error_text(int error) const override;
 
  private:
   const std::string name_;
-  int64_t total_, committed_ = 0, gemms_ = 0;
+  const std::shared_ptr<EmulatedMemory> memory_;
+  int64_t gemms_ = 0;
   std::map<void*, int64_t> ranges_;  // committed bytes by reservation
   std::unique_ptr<std::byte[]> staging_;
+  cuda::LaunchQueue queue_{graphs};
+  int refused_ = 0;
+  bool lost_ = false;
+  Status copy(void* to, const void* from, int64_t bytes) noexcept;
+  Status take_refused() noexcept;
+  void hand_over(cuda::LaunchQueue::Why why = cuda::LaunchQueue::Why::kOrder) noexcept {
+    if (int e = queue_.flush(why)) refused_ = e;
+  }
 };
 
 }  // namespace fathom::test

@@ -6,11 +6,13 @@
 #include <numeric>
 
 #include "support/golden.h"
+#include "support/greedy.h"
 #include "support/loaded_model.h"
 
 namespace fathom {
 namespace {
 
+using test::check_greedy;
 using test::Golden;
 
 // golden/README.md: an f32 engine differs by at most this; 1,000 tokens of f32 angles cost more.
@@ -52,25 +54,6 @@ void check_prompt(const Model& model, const Golden& golden, const std::string& p
   const auto diff = test::max_abs_diff(expected, got);
   INFO(prompt << ": " << test::describe(diff));
   CHECK(diff.value <= tolerance(tokens.size()));
-}
-
-// Greedy continuation, compared up to the first step whose choice is too close to call.
-void check_greedy(const Model& model, const Golden& golden, const std::string& name, float margin) {
-  Session session = test::new_session(model);
-  test::require_ok(session.prefill(golden.i32(name + ".prompt")));
-  const auto expected = golden.i32(name + ".tokens");
-  const auto margins = golden.f32(name + ".margin");
-  GenerateOptions options;
-  options.max_new_tokens = static_cast<int64_t>(expected.size());
-  options.stop_at_eos = false;
-  const auto result = session.generate(options);
-  INFO(name << ": " << result.status().message());
-  REQUIRE(result.ok());
-  REQUIRE(result->tokens.size() == expected.size());
-  for (size_t i = 0; i < expected.size() && margins[i] >= margin; ++i) {
-    INFO(name << " step " << i);
-    REQUIRE(result->tokens[i] == expected[i]);
-  }
 }
 
 TEST_CASE("exact numerics reproduce the reference models on every instruction set", "[golden]") {

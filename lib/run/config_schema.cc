@@ -237,7 +237,7 @@ constexpr Setting kSettings[] = {
         {.key = "devices",
          .memory = "each device holds its layers' weights and cache, within a budget of its own",
          .text = "Devices to use, in order, separated by commas; \"cpu:0,cpu:1\" declares two CPU "
-                 "devices, \"cuda:0,cpu\" names a GPU."}),
+                 "devices, \"cuda:0,cpu\" names a GPU; without a CPU the host holds tables alone."}),
     row<&Config::devices_missing>(
         {.key = "devices.missing",
          .choices = kMissingDevices,

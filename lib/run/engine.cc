@@ -49,7 +49,7 @@ void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
 }
 
 Result<std::unique_ptr<Backend>> make_device(const Config& config, const HostHooks& hooks,
-                                             const std::string& name) {
+                                             const std::string& name, int threads) {
   if (!run::plugin_file(name).empty())
     return run::open_plugin_device(config.cuda_plugin.value_or(""),
                                    {.name = name, .numerics = config.numerics});
@@ -60,7 +60,7 @@ Result<std::unique_ptr<Backend>> make_device(const Config& config, const HostHoo
         .about("devices");
   CpuOptions options;
   options.name = name;
-  options.threads = static_cast<int>(config.threads);
+  options.threads = threads;
   options.isa = config.isa;
   options.numerics = config.numerics;
   options.allocator = hooks.allocator;
@@ -71,28 +71,41 @@ bool is_host(const Backend& device) {
   return device.kind() == DeviceKind::kCpu;
 }
 
-// The devices that the configuration names, without those it lets be missing.
-Result<std::vector<std::unique_ptr<Backend>>> make_devices(const Config& config,
-                                                           const HostHooks& hooks,
-                                                           std::vector<std::string>& warnings) {
+struct Devices {
+  std::vector<std::unique_ptr<Backend>> all;
+  bool host_is_implied = false;  // the last one
+};
+
+// The devices that the configuration names, without those it lets be missing; behind them a CPU
+// that computes nothing where none is named: tokens, tables, staging and logits are the host's.
+Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
+                             std::vector<std::string>& warnings) {
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
-  std::vector<std::unique_ptr<Backend>> devices;
+  Devices devices;
   for (const std::string& name : names) {
-    Result<std::unique_ptr<Backend>> device = make_device(config, hooks, name);
+    Result<std::unique_ptr<Backend>> device =
+        make_device(config, hooks, name, static_cast<int>(config.threads));
     if (device.ok())
-      devices.push_back(std::move(device).value());
+      devices.all.push_back(std::move(device).value());
     else if (config.devices_missing == MissingDevice::kRefuse || run::plugin_file(name).empty())
       return std::move(device).status();
     else
       warnings.push_back(
           fmt::format("left out (devices.missing=skip): {}", device.status().message()));
   }
-  if (std::none_of(devices.begin(), devices.end(), [](const auto& d) { return is_host(*d); }))
-    return Status(Code::kConfig,
-                  fmt::format("devices = \"{}\": one device must be a CPU, for the tokenizer, "
-                              "staging and logits; \"{},cpu\" has one",
-                              config.devices, config.devices))
+  if (devices.all.empty())
+    return Status(
+               Code::kConfig,
+               fmt::format("devices = \"{}\": none of them can be had; \"{},cpu\" names one that "
+                           "always can",
+                           config.devices, config.devices))
         .about("devices");
+  devices.host_is_implied = std::none_of(devices.all.begin(), devices.all.end(),
+                                         [](const auto& d) { return is_host(*d); });
+  if (devices.host_is_implied) {
+    FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> host, make_device(config, hooks, "cpu", 1));
+    devices.all.push_back(std::move(host));
+  }
   return devices;
 }
 
@@ -107,8 +120,8 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
         Code::kInvalidArgument,
         "the host's allocator has some of reserve, commit, decommit and release, not all");
   std::vector<std::string> warnings;
-  FATHOM_TRY_ASSIGN(std::vector<std::unique_ptr<Backend>> devices,
-                    make_devices(config, hooks, warnings));
+  FATHOM_TRY_ASSIGN(Devices made, make_devices(config, hooks, warnings));
+  std::vector<std::unique_ptr<Backend>>& devices = made.all;
   std::vector<std::string> names;
   for (const auto& device : devices) names.emplace_back(device->name());
   if (hooks.op)
@@ -126,7 +139,9 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
   std::vector<run::LedgerDevice> accounts;
   for (size_t i = 0; i < names.size(); ++i) {
     const bool on_host = is_host(*devices[i]);
-    const int64_t otherwise = on_host ? host_budget : devices[i]->memory().free_bytes;
+    // What a device of its own memory holds for its runtime already is part of its budget.
+    const int64_t otherwise =
+        on_host ? host_budget : devices[i]->memory().free_bytes + devices[i]->runtime_bytes();
     accounts.push_back({names[i], budget_of(names[i], otherwise), on_host});
   }
   // A budget asked for by device is not cut by what happens to be free.
@@ -154,6 +169,7 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
 
   auto state = std::make_shared<run::EngineState>(
       config, hooks, std::move(devices), std::move(machine), std::move(accounts), host_limit);
+  state->host_is_implied = made.host_is_implied;
   for (const std::string& warning : warnings) state->log(LogLevel::kWarn, warning);
   FATHOM_TRY(state->start());
   return Engine(std::move(state));

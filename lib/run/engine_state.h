@@ -63,6 +63,13 @@ class EngineState {
   Ledger ledger;
   // Where host-side tables live (tokenizer, staging, token history): the first host device.
   const int host_device;
+  // The configuration names no CPU: host_device, the last one, holds tables and computes nothing.
+  // Set by the engine's maker.
+  bool host_is_implied = false;
+  // Devices that layers, experts, embedding and head may live on: the first so many.
+  int n_computing() const noexcept {
+    return static_cast<int>(devices.size()) - (host_is_implied ? 1 : 0);
+  }
 
   // Engines of simulated devices; set by their maker.
   std::shared_ptr<SimulatedMachine> simulation;

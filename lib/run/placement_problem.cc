@@ -158,8 +158,21 @@ class Builder {
       const nn::ExpertWeights& e = layer.experts.front();
       p_.expert_bytes[l][i] = e.gate.matrix_bytes + e.up.matrix_bytes + e.down.matrix_bytes;
     }
+    if (d >= in_.engine.n_computing()) keep_off(i);
     for (size_t k = 0; k < p_.passes.size(); ++k) times(d, w, n_tokens_[k], p_.passes[k]);
     return {};
+  }
+
+  // Nothing may live there: whatever does would exceed its room by more than it could anywhere else.
+  void keep_off(size_t i) {
+    constexpr int64_t kFactor = 4096;
+    p_.budget[i] = 0;
+    p_.embed_bytes[i] *= kFactor;
+    p_.head_bytes[i] *= kFactor;
+    for (size_t l = 0; l < p_.own_bytes.size(); ++l) {
+      p_.own_bytes[l][i] *= kFactor;
+      p_.expert_bytes[l][i] *= kFactor;
+    }
   }
 
   void times(int d, const nn::Weights& w, int64_t n_tokens, SolverPass& pass) {

@@ -265,7 +265,8 @@ Status Planner::place(const Config& config, Wanted wanted, Plan& plan) const {
     plan.devices.push_back(std::move(device));
   }
   std::vector<std::string> names;
-  for (const PlanDevice& device : plan.devices) names.push_back(device.name);
+  for (int d = 0; d < engine_->n_computing(); ++d)
+    names.push_back(plan.devices[static_cast<size_t>(d)].name);
   FATHOM_TRY_ASSIGN(const PlacementPins pins, read_pins(config, plan.model, names));
   FATHOM_TRY(place_model(config, pins, wanted, plan));
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
@@ -286,7 +287,7 @@ Status Planner::place(const Config& config, Wanted wanted, Plan& plan) const {
 Status Planner::place_model(const Config& config, const PlacementPins& pins, Wanted wanted,
                             Plan& plan) const {
   const ModelConfig& c = plan.model;
-  if (plan.devices.size() == 1) {
+  if (engine_->n_computing() == 1) {
     plan.placement =
         Placement::by_layer(c, std::vector<int>(static_cast<size_t>(c.num_hidden_layers), 0));
     return {};
