@@ -374,6 +374,17 @@ inline int __dp4a(int a, int b, int sum) {
     sum += static_cast<int8_t>(a >> (8 * i)) * static_cast<int8_t>(b >> (8 * i));
   return sum;
 }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t which = selector >> (4 * i) & 15;
+    uint32_t byte = static_cast<uint32_t>(bytes >> (8 * (which & 7)) & 255);
+    if (which & 8) byte = byte & 128 ? 255 : 0;  // its sign, everywhere
+    out |= byte << (8 * i);
+  }
+  return out;
+}
 inline int __popc(uint32_t bits) {
   return __builtin_popcount(bits);
 }

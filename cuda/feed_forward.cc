@@ -18,6 +18,7 @@ bool are_pair(const Weight& gate, const Weight& up) noexcept {
 
 struct FfnScratch {
   float *gate, *up;  // [n_tokens, intermediate_size]; up only where they are computed apart
+  Int8Rows x;        // few rows, rounded, for gate and up together
 };
 FfnScratch carve(Workspace& space, const FfnParams& p, bool exact) noexcept {
   FfnScratch s{};
@@ -25,10 +26,12 @@ FfnScratch carve(Workspace& space, const FfnParams& p, bool exact) noexcept {
   s.gate = space.take<float>(n_hidden);
   if (!are_pair(*p.gate, *p.up) || product_method(exact, p.n_tokens) == Method::kGemm)
     s.up = space.take<float>(n_hidden);
+  if (takes_int8(*p.gate, exact))
+    s.x = carve_int8(space, std::min(p.n_tokens, kFewRows), p.gate->cols);
   // Gate, up and down one after the other in the same place.
   for (const Weight* w : {p.gate, p.up, p.down}) {
     const int64_t mark = space.mark();
-    carve_gemm(space, *w, p.n_tokens, exact);
+    carve_product(space, *w, p.n_tokens, exact);
     space.rewind(mark);
   }
   return s;
@@ -40,7 +43,7 @@ int run_ffn(Device& device, const FfnParams& p, bool exact, const Workspace& spa
   const int64_t inner = p.gate->rows, cols = p.gate->cols;
   const auto dense = [&](const MatmulParams& m) {
     Workspace place = space;  // behind the hidden values, the same for each product
-    return multiply(device, m, exact, carve_gemm(place, *m.w, m.n_rows, exact));
+    return multiply(device, m, exact, carve_product(place, *m.w, m.n_rows, exact));
   };
   if (s.up == nullptr) {
     ProductParams product{.w = view_of(*p.gate),
@@ -54,9 +57,15 @@ int run_ffn(Device& device, const FfnParams& p, bool exact, const Workspace& spa
                           .n_rows = p.n_tokens,
                           .add = false,
                           .groups = {}};
-    const int e = p.n_tokens <= kFewRows ? product_few_rows(device.stream(), product)
-                                         : product_tiles(device.stream(), product);
-    if (e != 0) return e;
+    const Stream stream = device.stream();
+    if (p.n_tokens > kFewRows) {
+      if (int e = product_tiles(stream, product)) return e;
+    } else if (takes_int8(*p.gate, exact)) {
+      if (int e = round_to_int8(stream, p.x, cols, p.n_tokens, cols, s.x)) return e;
+      if (int e = product_int8(stream, product, s.x)) return e;
+    } else {
+      if (int e = product_few_rows(stream, product)) return e;
+    }
   } else {
     if (int e = dense({p.x, cols, p.n_tokens, p.gate, s.gate, inner})) return e;
     if (int e = dense({p.x, cols, p.n_tokens, p.up, s.up, inner})) return e;
@@ -76,13 +85,24 @@ static_assert(kSliceUnit % kF8ScaleBlock == 0);
 
 struct ExpertsScratch {
   SortParams sort;
-  float *gate, *up;  // [n_pairs, moe_intermediate_size]; up only where they are computed apart
-  float* results;    // [n_pairs, slice]
-  int64_t slice;     // rows of down at a time
+  float *gate, *up;    // [n_pairs, moe_intermediate_size]; up only where they are computed apart
+  float* results;      // [n_pairs, slice]
+  int64_t slice;       // rows of down at a time
+  Int8Rows x, hidden;  // few rows for each expert, rounded: [n_tokens], [n_pairs]
 };
-ExpertsScratch carve(Workspace& space, const ExpertsParams& p) noexcept {
+
+// By all experts of the layer: the same choice on every device that has some of them.
+int64_t most_few_pairs(const ExpertsParams& p) noexcept {
+  return kFewRows * (p.n_experts > 0 ? p.n_experts : p.gate->count);
+}
+
+ExpertsScratch carve(Workspace& space, const ExpertsParams& p, bool exact) noexcept {
   const int64_t n_pairs = p.n_tokens * p.num_experts_per_tok, n_experts = p.gate->count;
   ExpertsScratch s{};
+  const int64_t few = std::min(n_pairs, most_few_pairs(p));
+  if (takes_int8(*p.gate, exact) || takes_int8(*p.up, exact))
+    s.x = carve_int8(space, std::min(p.n_tokens, few), p.gate->cols);
+  if (takes_int8(*p.down, exact)) s.hidden = carve_int8(space, few, p.down->cols);
   s.sort = {.ids = p.ids,
             .n_pairs = n_pairs,
             .num_experts_per_tok = p.num_experts_per_tok,
@@ -119,12 +139,14 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
                 const ExpertsScratch& s) noexcept {
   const Stream stream = device.stream();
   const int64_t n_pairs = s.sort.n_pairs, inner = p.gate->rows, hidden = p.down->rows;
-  // By all experts of the layer: the same choice on every device that has some of them.
-  const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
-  const bool few = exact || n_pairs <= kFewRows * std::min(n_experts, n_pairs);
-  const auto product = [&](const ProductParams& params) {
-    return few ? product_few_rows(stream, params) : product_tiles(stream, params);
+  const bool few = exact || n_pairs <= most_few_pairs(p);
+  const auto product = [&](const ProductParams& params, const Int8Rows& rounded) {
+    if (!few) return product_tiles(stream, params);
+    return !exact && has_int8_product(params.w.dtype) ? product_int8(stream, params, rounded)
+                                                      : product_few_rows(stream, params);
   };
+  if (few && s.x.codes != nullptr)
+    if (int e = round_to_int8(stream, p.x, p.gate->cols, p.n_tokens, p.gate->cols, s.x)) return e;
   if (int e = sort_by_expert(stream, s.sort)) return e;
   ProductParams in{.w = view_of(*p.gate),
                    .up = {},
@@ -139,12 +161,12 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
                    .groups = {s.sort.n_active, s.sort.active, s.sort.first, s.sort.tokens}};
   if (s.up == nullptr) {
     in.up = view_of(*p.up);
-    if (int e = product(in)) return e;
+    if (int e = product(in, s.x)) return e;
   } else {
-    if (int e = product(in)) return e;
+    if (int e = product(in, s.x)) return e;
     in.w = view_of(*p.up);
     in.out = s.up;
-    if (int e = product(in)) return e;
+    if (int e = product(in, s.x)) return e;
     if (int e = swiglu(stream, s.gate, s.up, n_pairs * inner)) return e;
   }
   ProductParams down = in;
@@ -153,11 +175,13 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
   down.x_stride = inner;
   down.out = s.results;
   down.groups.tokens = nullptr;
+  if (few && s.hidden.codes != nullptr)
+    if (int e = round_to_int8(stream, s.gate, inner, n_pairs, inner, s.hidden)) return e;
   for (int64_t first = 0; first < hidden; first += s.slice) {
     const int64_t n = std::min(s.slice, hidden - first);
     down.w = row_slice(*p.down, first, n);
     down.out_stride = n;
-    if (int e = product(down)) return e;
+    if (int e = product(down, s.hidden)) return e;
     if (int e = combine_experts(stream, {.rows = s.results,
                                          .places = s.sort.places,
                                          .weights = p.weights,
@@ -190,14 +214,14 @@ void CudaBackend::ffn(const OpContext& op, const FfnParams& p) noexcept {
 
 int64_t CudaBackend::workspace_bytes(const ExpertsParams& p) const noexcept {
   Workspace counting;
-  carve(counting, p);
+  carve(counting, p, exact());
   return counting.peak_bytes();
 }
 
 void CudaBackend::experts(const OpContext& op, const ExpertsParams& p) noexcept {
   if (p.n_tokens == 0 || p.num_experts_per_tok == 0) return;
   Workspace space(op);
-  const ExpertsScratch s = carve(space, p);
+  const ExpertsScratch s = carve(space, p, exact());
   check(op, run_experts(*device_, p, exact(), s));
 }
 

@@ -19,7 +19,7 @@ bool is_plain(const Weight& w, bool exact) noexcept {
 }
 
 int multiply_gemm(Device& device, const MatmulParams& p, bool exact,
-                  const GemmScratch& s) noexcept {
+                  const ProductScratch& s) noexcept {
   const WeightView view = view_of(*p.w);
   const Stream stream = device.stream();
   GemmParams gemm{.x = p.x,
@@ -67,8 +67,18 @@ int multiply_gemm(Device& device, const MatmulParams& p, bool exact,
 
 }  // namespace
 
-GemmScratch carve_gemm(Workspace& space, const Weight& w, int64_t n_rows, bool exact) noexcept {
-  GemmScratch s;
+Int8Rows carve_int8(Workspace& space, int64_t n_rows, int64_t cols) noexcept {
+  Int8Rows rows{};
+  rows.codes = space.take<uint8_t>(n_rows * cols);
+  rows.scales = space.take<Int8Scale>(n_rows * cols / 16);
+  return rows;
+}
+
+ProductScratch carve_product(Workspace& space, const Weight& w, int64_t n_rows,
+                             bool exact) noexcept {
+  ProductScratch s;
+  // Also where more rows have no use for it: a longer pass asks for no less.
+  if (takes_int8(w, exact)) s.int8 = carve_int8(space, std::min(n_rows, kFewRows), w.cols);
   if (product_method(exact, n_rows) != Method::kGemm) return s;
   if (!exact) s.x = space.take<uint16_t>(n_rows * w.cols);
   if (!is_plain(w, exact)) {
@@ -80,7 +90,7 @@ GemmScratch carve_gemm(Workspace& space, const Weight& w, int64_t n_rows, bool e
   return s;
 }
 
-int multiply(Device& device, const MatmulParams& p, bool exact, const GemmScratch& s) noexcept {
+int multiply(Device& device, const MatmulParams& p, bool exact, const ProductScratch& s) noexcept {
   const Method method = product_method(exact, p.n_rows);
   if (method == Method::kGemm) return multiply_gemm(device, p, exact, s);
   const ProductParams product{.w = view_of(*p.w),
@@ -94,15 +104,18 @@ int multiply(Device& device, const MatmulParams& p, bool exact, const GemmScratc
                               .n_rows = p.n_rows,
                               .add = p.add,
                               .groups = {}};
-  return method == Method::kFewRows ? product_few_rows(device.stream(), product)
-                                    : product_tiles(device.stream(), product);
+  const Stream stream = device.stream();
+  if (method == Method::kTiles) return product_tiles(stream, product);
+  if (!takes_int8(*p.w, exact)) return product_few_rows(stream, product);
+  if (int e = round_to_int8(stream, p.x, p.x_stride, p.n_rows, p.w->cols, s.int8)) return e;
+  return product_int8(stream, product, s.int8);
 }
 
 // ---- matmul, heads_matmul ---------------------------------------------------------------------
 
 int64_t CudaBackend::workspace_bytes(const MatmulParams& p) const noexcept {
   Workspace counting;
-  carve_gemm(counting, *p.w, p.n_rows, exact() || p.exact);
+  carve_product(counting, *p.w, p.n_rows, exact() || p.exact);
   return counting.peak_bytes();
 }
 
@@ -110,7 +123,7 @@ void CudaBackend::matmul(const OpContext& op, const MatmulParams& p) noexcept {
   if (p.n_rows == 0) return;
   Workspace space(op);
   const bool f32 = exact() || p.exact;
-  check(op, multiply(*device_, p, f32, carve_gemm(space, *p.w, p.n_rows, f32)));
+  check(op, multiply(*device_, p, f32, carve_product(space, *p.w, p.n_rows, f32)));
 }
 
 int64_t CudaBackend::workspace_bytes(const HeadsMatmulParams&) const noexcept {

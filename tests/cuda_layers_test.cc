@@ -186,10 +186,13 @@ TEST_CASE("feed-forward networks", "[cuda][layers]") {
                             b.data(), add};
           const cpu_test::GuardedWorkspace space(scalar->workspace_bytes(q));
           scalar->ffn(space.op(), q);
-          const bool exact = numerics == Numerics::kExact || n <= 8;
+          const bool exact = numerics == Numerics::kExact ||
+                             (n <= 8 && !cuda::has_int8_product(e.gate.weight.dtype) &&
+                              !cuda::has_int8_product(e.down.weight.dtype));
+          // As for routed experts below.
           check_close("kind " + std::to_string(kind) + " " + name_of(numerics) + " tokens " +
                           std::to_string(n),
-                      a, b, (exact ? 1e-5 : 0.02) * (size_of(b) + 1));
+                      a, b, (exact ? 1e-5 : 0.04) * (size_of(b) + 1));
         }
     }
 }
@@ -235,9 +238,11 @@ TEST_CASE("routed experts", "[cuda][layers]") {
         q.gate = &e.gate.weight, q.up = &e.up.weight, q.down = &e.down.weight, q.out = b.data();
         const cpu_test::GuardedWorkspace space(scalar->workspace_bytes(q));
         scalar->experts(space.op(), q);
+        // Rounded twice, to bytes where there are few rows: 0.4 % of the deviation each time, which
+        // is more than twice that of bf16, and grows in the product of gate and up.
         check_close("kind " + std::to_string(kind) + " " + name_of(numerics) + " tokens " +
                         std::to_string(n),
-                    a, b, (numerics == Numerics::kExact ? 1e-5 : 0.02) * (size_of(b) + 1));
+                    a, b, (numerics == Numerics::kExact ? 1e-5 : 0.04) * (size_of(b) + 1));
       }
     }
 }
