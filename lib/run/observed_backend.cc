@@ -1,7 +1,9 @@
 #include "observed_backend.h"
 
 #include <chrono>
+#include <mutex>
 #include <utility>
+#include <vector>
 
 #include "forwarding_backend.h"
 
@@ -10,8 +12,19 @@ namespace {
 
 class ObservedBackend final : public ForwardingBackend {
  public:
-  ObservedBackend(std::unique_ptr<Backend> real, int device, OpObserver observer) noexcept
-      : ForwardingBackend(std::move(real)), device_(device), observer_(std::move(observer)) {}
+  ObservedBackend(std::unique_ptr<Backend> real, int device, OpObserver observer,
+                  Observed what) noexcept
+      : ForwardingBackend(std::move(real)),
+        device_(device),
+        observer_(std::move(observer)),
+        what_(what) {}
+
+  Status upload(void* device, const void* host, int64_t bytes) noexcept override {
+    return call("upload", [&] { return real_->upload(device, host, bytes); });
+  }
+  Status download(void* host, const void* device, int64_t bytes) noexcept override {
+    return call("download", [&] { return real_->download(host, device, bytes); });
+  }
 
   void embed(const OpContext& op, const EmbedParams& p) noexcept override {
     timed("embed", op, [&] { real_->embed(op, p); });
@@ -58,29 +71,76 @@ class ObservedBackend final : public ForwardingBackend {
   void sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept override {
     timed("sum_experts", op, [&] { real_->sum_experts(op, p); });
   }
+  Status sync(const OpContext& op) noexcept override {
+    Status kept = take_fault(op);
+    Status now = call("sync", [&] { return real_->sync(op); });
+    return kept.ok() ? std::move(now) : std::move(kept);
+  }
 
  private:
   template <class Work>
   void timed(std::string_view name, const OpContext& op, const Work& work) noexcept {
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     work();
-    (void)real_->sync(op);  // a fault stays with the device and surfaces at the pass's own sync()
-    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    if (what_ == Observed::kOperations)
+      if (Status fault = real_->sync(op); !fault.ok()) keep_fault(op, std::move(fault));
+    tell(name, start);
+  }
+  // A copy or a wait: told of where calls are observed.
+  template <class Work>
+  Status call(std::string_view name, const Work& work) noexcept {
+    const auto start = Clock::now();
+    Status status = work();
+    if (what_ == Observed::kCalls) tell(name, start);
+    return status;
+  }
+  using Clock = std::chrono::steady_clock;
+  void tell(std::string_view name, Clock::time_point start) const noexcept {
+    const std::chrono::duration<double> elapsed = Clock::now() - start;
     try {
       observer_({device_, name, elapsed.count()});
     } catch (...) {  // a host's exception must not pass through the library
     }
   }
 
+  // What the wait behind an operation found belongs to the pass's own sync().
+  struct Fault {
+    const void* context;
+    Status status;
+  };
+  void keep_fault(const OpContext& op, Status fault) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (const Fault& known : faults_)
+      if (known.context == op.workspace) return;
+    try {
+      faults_.push_back({op.workspace, std::move(fault)});
+    } catch (const std::bad_alloc&) {  // a lost device fails the pass's own sync() as well
+    }
+  }
+  Status take_fault(const OpContext& op) noexcept {
+    const std::lock_guard lock(mutex_);
+    for (Fault& known : faults_)
+      if (known.context == op.workspace) {
+        Status fault = std::move(known.status);
+        std::swap(known, faults_.back());
+        faults_.pop_back();
+        return fault;
+      }
+    return {};
+  }
+
   const int device_;
   const OpObserver observer_;
+  const Observed what_;
+  std::mutex mutex_;
+  std::vector<Fault> faults_;
 };
 
 }  // namespace
 
-std::unique_ptr<Backend> observed(std::unique_ptr<Backend> backend, int device,
-                                  OpObserver observer) {
-  return std::make_unique<ObservedBackend>(std::move(backend), device, std::move(observer));
+std::unique_ptr<Backend> observed(std::unique_ptr<Backend> backend, int device, OpObserver observer,
+                                  Observed what) {
+  return std::make_unique<ObservedBackend>(std::move(backend), device, std::move(observer), what);
 }
 
 }  // namespace fathom::run
