@@ -1,5 +1,6 @@
-// Absorbed attention on tensor cores (sm_80 and newer).  Queries, cached rows and weights of the
-// softmax are rounded to bf16, sums are f32.
+// Absorbed attention on tensor cores (sm_80 and newer), over splits that are not wholly f16
+// (attend_absorbed_f16.cu has those).  Queries, cached rows and weights of the softmax are rounded
+// to bf16, sums are f32.
 //
 //   block      kTiles tiles of 16 columns, four warps each, over one split in steps of 64 rows
 //   step       rows decoded once into shared memory, keys and values for all columns
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kTiles * 128) partial_mma_kernel(PartialParams
   const int64_t first_row = p.rows.first_row + int64_t(blockIdx.x) * kPartialRows;
   const int64_t end_row =
       first_row + kPartialRows < p.rows.end_row ? first_row + kPartialRows : p.rows.end_row;
+  if (is_f16_split(p.rows, first_row, end_row)) return;  // the other kernel's
 
   const int groups = key_dim / 8;
   for (int i = thread; i < kTiles * kColumns * groups; i += n_threads) {

@@ -37,6 +37,18 @@ AbsorbedScratch carve(Workspace& space, const AttendAbsorbedParams& p) noexcept 
   return s;
 }
 
+// Partial results of the splits of a view, on tensor cores.
+int attend_on_tensor_cores(Stream stream, const PartialParams& part) noexcept {
+  bool f16 = false, others = false;
+  for (int i = 0; i < part.rows.n_segments; ++i) {
+    f16 = f16 || part.rows.segments[i].type == KvType::kF16;
+    others = others || part.rows.segments[i].type != KvType::kF16;
+  }
+  if (f16)
+    if (int e = attend_partial_f16(stream, part)) return e;
+  return others ? attend_partial_mma(stream, part) : 0;
+}
+
 // ---- expanded ----
 //
 // For each group of heads: its k_b and v_b as dense panels, then tiles of rows: decode, expand to
@@ -206,7 +218,7 @@ void CudaBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParam
       const int64_t wave_end = std::min(end, row + s.wave_splits * kPartialRows);
       const int64_t next = make_view(p.rows, row, wave_end, kPartialRows, part.rows);
       merge.n_splits = (next - row + kPartialRows - 1) / kPartialRows;
-      check(op, tensor_cores ? attend_partial_mma(device_->stream(), part)
+      check(op, tensor_cores ? attend_on_tensor_cores(device_->stream(), part)
                              : attend_partial_exact(device_->stream(), part));
       row = next;
     }

@@ -155,4 +155,33 @@ void CudaBackend::kv_convert(const OpContext& op, const KvConvertParams& p) noex
   check(op, cuda::kv_convert(device_->stream(), p));
 }
 
+// ---- sampling ---------------------------------------------------------------------------------
+
+namespace {
+
+struct TopKScratch {
+  TokenLogit *found, *broken;
+};
+TopKScratch carve(Workspace& space, const TopKParams& p) noexcept {
+  const int64_t slices = p.n_rows * top_k_slices(p.n_cols);
+  TopKScratch s{};
+  s.found = space.take<TokenLogit>(slices * p.k);
+  s.broken = space.take<TokenLogit>(slices);
+  return s;
+}
+
+}  // namespace
+
+int64_t CudaBackend::workspace_bytes(const TopKParams& p) const noexcept {
+  Workspace counting;
+  carve(counting, p);
+  return counting.peak_bytes();
+}
+
+void CudaBackend::top_k(const OpContext& op, const TopKParams& p) noexcept {
+  Workspace space(op);
+  const TopKScratch s = carve(space, p);
+  check(op, cuda::top_k(device_->stream(), p, s.found, s.broken));
+}
+
 }  // namespace fathom::cuda

@@ -29,6 +29,9 @@ class CudaBackend final : public Backend {
   MemoryState memory() const noexcept override { return device_->memory(); }
   int64_t runtime_bytes() const noexcept override { return device_->runtime_bytes(); }
   Result<void*> reserve(int64_t bytes) noexcept override { return device_->reserve(bytes); }
+  void* address(void* base, int64_t offset) const noexcept override {
+    return device_->address(base, offset);
+  }
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override {
     return device_->commit(base, offset, bytes);
   }
@@ -55,6 +58,7 @@ class CudaBackend final : public Backend {
   int64_t workspace_bytes(const AttendExpandedParams&) const noexcept override;
   int64_t workspace_bytes(const FfnParams&) const noexcept override;
   int64_t workspace_bytes(const ExpertsParams&) const noexcept override;
+  int64_t workspace_bytes(const TopKParams&) const noexcept override;
 
   void embed(const OpContext&, const EmbedParams&) noexcept override;
   void rms_norm(const OpContext&, const RmsNormParams&) noexcept override;
@@ -70,6 +74,8 @@ class CudaBackend final : public Backend {
   void ffn(const OpContext&, const FfnParams&) noexcept override;
   void experts(const OpContext&, const ExpertsParams&) noexcept override;
   void add(const OpContext&, const AddParams&) noexcept override;
+  int64_t max_top_k() const noexcept override { return kMaxTopK; }
+  void top_k(const OpContext&, const TopKParams&) noexcept override;
   Status sync(const OpContext&) noexcept override;
 
  private:

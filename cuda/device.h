@@ -48,6 +48,7 @@ class Device {
   virtual MemoryState memory() const noexcept = 0;
   virtual int64_t runtime_bytes() const noexcept = 0;
   virtual Result<void*> reserve(int64_t bytes) noexcept = 0;
+  virtual void* address(void* base, int64_t offset) const noexcept = 0;
   virtual Status commit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
   virtual void decommit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
   virtual void release(void* base, int64_t bytes) noexcept = 0;

@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 #else
 #include "cuda/emulation.h"
+#include "fathom/tensor.hpp"
 #endif
 
 namespace fathom::cuda {
@@ -35,6 +36,30 @@ __device__ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uin
       "{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same with f16.
+__device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory, both aligned to 16, beside what the thread does next.
+// Copies between two commits are a group; wait_copies<n> waits for all but the thread's last n.
+// Others see them behind a barrier.
+__device__ inline void copy_async16(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ inline void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kGroups>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // Two 8 x 8 tiles of 16-bit values, transposed on the way: lane i < 8 gives the address of row i of
@@ -70,14 +95,15 @@ void emulate(const KernelLaunch& l) {
       &call);
 }
 
-inline float bf16_of_pair(uint32_t pair, int which) {
-  const uint32_t bits = which == 0 ? pair << 16 : pair & 0xffff0000u;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
+// Value `which` of a pair of 16-bit numbers.
+template <bool kF16>
+float of_pair(uint32_t pair, int which) {
+  const auto bits = static_cast<uint16_t>(pair >> (16 * which));
+  return kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
 }
 
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <bool kF16>
+void emulate_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Operands {
     uint32_t a[4], b[2];
   } mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
@@ -89,9 +115,27 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       const auto left = emulated::lane_value<Operands>(slots, row % 8 * 4 + k % 8 / 2);
       const auto right = emulated::lane_value<Operands>(slots, column * 4 + k % 8 / 2);
       d[i] +=
-          bf16_of_pair(left.a[row / 8 + k / 8 * 2], k % 2) * bf16_of_pair(right.b[k / 8], k % 2);
+          of_pair<kF16>(left.a[row / 8 + k / 8 * 2], k % 2) * of_pair<kF16>(right.b[k / 8], k % 2);
     }
   }
+}
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulate_mma<false>(d, a, b);
+}
+inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  emulate_mma<true>(d, a, b);
+}
+
+// As late as allowed: what is used before its wait is still what was there before.
+inline void copy_async16(void* shared, const void* global) {
+  emulated::Machine::here().thread().copies.add(shared, global);
+}
+inline void commit_copies() {
+  emulated::Machine::here().thread().copies.commit();
+}
+template <int kGroups>
+void wait_copies() {
+  emulated::Machine::here().thread().copies.wait(kGroups);
 }
 
 inline void load_transposed(uint32_t (&out)[2], const uint16_t* row) {
@@ -109,13 +153,13 @@ inline void load_transposed(uint32_t (&out)[2], const uint16_t* row) {
 
 // Queues a kernel.  Errors: of the launch itself, or, where launches are kept for a graph, none:
 // they come when the step is waited for, as what a kernel does wrong does.
+//
+// Graphs tell by the bytes of the struct what has changed; padding that differs costs an update.
+// (Not __builtin_clear_padding: GCC 12 clears more than padding in nested arrays.)
 template <class Params>
 int launch(void (*kernel)(Params), dim3 grid, unsigned threads, size_t shared_bytes, Stream stream,
            Params params) {
   static_assert(std::is_trivially_copyable_v<Params> && alignof(Params) <= 16);
-#if defined(__has_builtin) && __has_builtin(__builtin_clear_padding)
-  __builtin_clear_padding(&params);  // graphs tell by the bytes what has changed
-#endif
   KernelLaunch l{.kernel = reinterpret_cast<const void*>(kernel),
                  .grid = {grid.x, grid.y, grid.z},
                  .threads = threads,

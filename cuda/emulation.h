@@ -2,10 +2,11 @@
 // source, compiled by g++, with a fiber for each thread of a block.  For tests only; slow.
 //
 //   what it runs     blocks one after another; within a block every thread until it waits
-//   what it finds    __syncthreads() that some threads do not reach, or reach elsewhere; warp
-//                    operations with lanes missing; reads of shared memory nobody wrote (it begins
-//                    as NaN); missing barriers (the order of threads and blocks is an option);
-//                    and what the address and undefined-behaviour sanitizers find
+//   what it finds    copies into shared memory that are used before they are waited for, or never
+//                    waited for; __syncthreads() that some threads do not reach, or reach
+//                    elsewhere; warp operations with lanes missing; reads of shared memory nobody
+//                    wrote (it begins as NaN); missing barriers (the order of threads and blocks is
+//                    an option); and what the address and undefined-behaviour sanitizers find
 //   what it is not   concurrent: races between blocks show only as a dependence on their order
 //
 // A failure ends the launch and is kept until take_failure(); launches before that do nothing.
@@ -64,7 +65,32 @@ struct Fiber {
   void* fake_stack = nullptr;  // of the address sanitizer
 };
 
+// Copies from global to shared memory that a thread has started and not waited for.
+class Copies {
+ public:
+  void add(void* to, const void* from) { pending_.push_back({to, from, group_}); }
+  void commit() { ++group_; }
+  void wait(int but_last) {
+    size_t n = 0;
+    while (n < pending_.size() && pending_[n].group < group_ - but_last) ++n;
+    for (size_t i = 0; i < n; ++i) std::memcpy(pending_[i].to, pending_[i].from, 16);
+    pending_.erase(pending_.begin(), pending_.begin() + static_cast<std::ptrdiff_t>(n));
+  }
+  bool empty() const { return pending_.empty(); }
+  void forget() { pending_.clear(); }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    int group;
+  };
+  std::vector<Copy> pending_;
+  int group_ = 0;
+};
+
 struct Thread {
+  Copies copies;
   dim3 index;
   int lane = 0, warp = 0;
   Wait wait = Wait::kDone;
@@ -175,6 +201,11 @@ class Machine {
         fibers_.clear();  // their stacks are in the middle of something
         return;
       }
+    }
+    for (Thread& t : threads_) {
+      if (!t.copies.empty() && failure_.empty())
+        failure_ = "a thread ended with copies that it did not wait for";
+      t.copies.forget();
     }
   }
 

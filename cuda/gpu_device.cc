@@ -12,6 +12,7 @@
 #include <optional>
 #include <utility>
 
+#include "cuda/chunked_ranges.h"
 #include "cuda/device.h"
 #include "cuda/gpu_gemm.h"
 #include "cuda/gpu_launcher.h"
@@ -72,7 +73,8 @@ std::string text_of(cudaError_t e) {
   return fmt::format("{} ({})", cudaGetErrorString(e), cudaGetErrorName(e));
 }
 
-class GpuDevice final : public Device {
+// The device is also where chunks come from, for drivers without address ranges.
+class GpuDevice final : public Device, private ChunkedRanges::Memory {
  public:
   static Result<std::unique_ptr<Device>> open(int index, std::string name);
   ~GpuDevice() override;
@@ -85,7 +87,7 @@ class GpuDevice final : public Device {
         name_, properties_.name, properties_.major, properties_.minor,
         properties_.multiProcessorCount, driver_version_ / 1000, driver_version_ % 1000 / 10,
         library_->version(),
-        ranges_ ? "address ranges" : "whole blocks (no virtual memory management)",
+        ranges_ ? "address ranges" : "chunks (no virtual memory management)",
         context_bytes_ >> 20, context_measured_ ? "" : " (assumed)");
   }
   int64_t max_shared_bytes() const noexcept override {
@@ -97,6 +99,9 @@ class GpuDevice final : public Device {
     return kStagingBytes + kGraphBytes + context_bytes_;
   }
   Result<void*> reserve(int64_t bytes) noexcept override;
+  void* address(void* base, int64_t offset) const noexcept override {
+    return ranges_ ? static_cast<std::byte*>(base) + offset : chunks_.address(base, offset);
+  }
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void decommit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void release(void* base, int64_t bytes) noexcept override;
@@ -117,6 +122,14 @@ class GpuDevice final : public Device {
 
  private:
   GpuDevice(int index, std::string name) noexcept : index_(index), name_(std::move(name)) {}
+
+  Result<void*> allocate(int64_t bytes) noexcept override;
+  void free(void* memory) noexcept override { cudaFree(memory); }
+  bool copy(void* to, const void* from, int64_t bytes) noexcept override {
+    return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
+                           stream_) == cudaSuccess &&
+           cudaStreamSynchronize(stream_) == cudaSuccess;
+  }
 
   // The runtime's current device belongs to the thread.
   cudaError_t use() const noexcept { return cudaSetDevice(index_); }
@@ -151,7 +164,9 @@ class GpuDevice final : public Device {
   bool context_measured_ = false;
   Driver driver_;
   bool ranges_ = false;  // the driver can map memory into reserved addresses
-  int64_t granularity_ = int64_t{2} << 20;
+  static constexpr int64_t kChunkGranularity = int64_t{2} << 20;
+  int64_t granularity_ = kChunkGranularity;
+  ChunkedRanges chunks_{*this, kChunkGranularity};  // where there are no ranges
 
   // What is mapped, by address, one piece for each granule: a mapping is undone whole or not at
   // all, and commits may be given back in parts.
@@ -244,15 +259,16 @@ MemoryState GpuDevice::memory() const noexcept {
           std::max<int64_t>(static_cast<int64_t>(free_bytes) - kDriverBytes, 0)};
 }
 
-// Without ranges a reservation is the memory itself: it cannot grow, but works with every driver.
+Result<void*> GpuDevice::allocate(int64_t bytes) noexcept {
+  void* memory = nullptr;
+  if (cudaError_t e = cudaMalloc(&memory, static_cast<size_t>(bytes)); e != cudaSuccess)
+    return failed("taking memory", e, Code::kMemory);
+  return memory;
+}
+
 Result<void*> GpuDevice::reserve(int64_t bytes) noexcept {
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
-  if (!ranges_) {
-    void* memory = nullptr;
-    if (cudaError_t e = cudaMalloc(&memory, static_cast<size_t>(bytes)); e != cudaSuccess)
-      return failed("taking memory", e, Code::kMemory);
-    return memory;
-  }
+  if (!ranges_) return chunks_.reserve(bytes);
   CUdeviceptr address = 0;
   if (CUresult e = driver_.address_reserve(&address, static_cast<size_t>(bytes),
                                            static_cast<size_t>(granularity_), 0, 0);
@@ -301,10 +317,13 @@ Status GpuDevice::commit(void* base, int64_t offset, int64_t bytes) noexcept try
   if (bytes <= 0) return {};
   hand_over();
   if (cudaError_t e = use(); e != cudaSuccess) return failed("choosing the device", e);
-  auto* at = static_cast<std::byte*>(base) + offset;
-  const auto begin = reinterpret_cast<uintptr_t>(at);
-  if (ranges_) FATHOM_TRY(map(begin, begin + static_cast<uintptr_t>(bytes)));
-  if (cudaError_t e = cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream_);
+  if (ranges_) {
+    const auto begin = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
+    FATHOM_TRY(map(begin, begin + static_cast<uintptr_t>(bytes)));
+  } else {
+    FATHOM_TRY(chunks_.commit(base, offset, bytes));
+  }
+  if (cudaError_t e = cudaMemsetAsync(address(base, offset), 0, static_cast<size_t>(bytes), stream_);
       e != cudaSuccess) {
     Status why = failed("clearing memory", e);
     decommit(base, offset, bytes);
@@ -325,8 +344,9 @@ void GpuDevice::unmap(uintptr_t begin, uintptr_t end) noexcept {
 
 void GpuDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
   hand_over();
-  if (!ranges_ || use() != cudaSuccess) return;
+  if (use() != cudaSuccess) return;
   cudaStreamSynchronize(stream_);  // what still reads or writes it
+  if (!ranges_) return chunks_.decommit(base, offset, bytes);
   const auto begin = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
   const std::lock_guard lock(mutex_);
   unmap(begin, begin + static_cast<uintptr_t>(bytes));
@@ -336,10 +356,7 @@ void GpuDevice::release(void* base, int64_t bytes) noexcept {
   hand_over();
   if (use() != cudaSuccess) return;
   cudaStreamSynchronize(stream_);
-  if (!ranges_) {
-    cudaFree(base);
-    return;
-  }
+  if (!ranges_) return chunks_.release(base, bytes);
   const auto begin = reinterpret_cast<uintptr_t>(base);
   const std::lock_guard lock(mutex_);
   unmap(begin, begin + static_cast<uintptr_t>(bytes));

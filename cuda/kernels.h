@@ -90,6 +90,13 @@ int round_to_bf16(Stream, const float* x, int64_t x_stride, int64_t n_rows, int6
 int swiglu(Stream, float* gate, const float* up, int64_t n);
 int add(Stream, const AddParams&);
 
+// ---- sampling ---------------------------------------------------------------------------------
+
+// Slices of a row that find their likeliest tokens by themselves: found [n_rows, slices, k],
+// broken [n_rows, slices].
+int64_t top_k_slices(int64_t n_cols) noexcept;
+int top_k(Stream, const TopKParams&, TokenLogit* found, TokenLogit* broken);
+
 // ---- rows -------------------------------------------------------------------------------------
 
 int embed(Stream, const WeightView& table,
@@ -155,8 +162,11 @@ struct PartialParams {
   float *max, *sum, *out;    // [n_splits, n_columns], out [n_splits, n_columns, rank]
   int64_t max_shared_bytes;  // that a block of this device can have
 };
-// Attention over each split by itself: one partial result per split and column.
+// Attention over each split by itself: one partial result per split and column.  Of the two for
+// tensor cores one takes the splits whose pages are all f16 and the other one all others, so that
+// a split's bits depend on its own rows alone.
 int attend_partial_exact(Stream, const PartialParams&);
+int attend_partial_f16(Stream, const PartialParams&);
 int attend_partial_mma(Stream, const PartialParams&);
 bool attend_partial_mma_fits(int64_t rank, int64_t rope) noexcept;
 

@@ -23,6 +23,19 @@ __device__ inline KvRow kv_row(const KvView& v, int64_t row) {
           slot + segment.rope_at + in_page * segment.rope_bytes, segment.type};
 }
 
+// All pages of rows [first, end) are f16.
+__device__ inline bool is_f16_split(const KvView& v, int64_t first, int64_t end) {
+  const auto first_page = int32_t(first / v.page_tokens),
+             last_page = int32_t((end - 1) / v.page_tokens);
+  for (int s = 0; s < v.n_segments; ++s) {
+    const KvSegment& segment = v.segments[s];
+    const bool covers =
+        segment.first_page <= last_page && segment.first_page + segment.n_pages > first_page;
+    if (covers && segment.type != KvType::kF16) return false;
+  }
+  return true;
+}
+
 // Four bytes at any alignment.
 __device__ inline float load_f32_bytes(const uint8_t* p) {
   return float_of_bits(p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16 | uint32_t(p[3]) << 24);

@@ -89,7 +89,24 @@ EmulatedDevice::~EmulatedDevice() {
   memory_->committed -= kContextBytes;
 }
 
+Result<void*> EmulatedDevice::allocate(int64_t bytes) noexcept {
+  if (memory_->committed + bytes > memory_->total)
+    return Status(Code::kMemory, name_ + ": out of memory");
+  void* memory = std::aligned_alloc(4096, static_cast<size_t>(bytes));
+  if (memory == nullptr) return Status(Code::kMemory, "aligned_alloc");
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+  memory_->committed += bytes;
+  sizes_[memory] = bytes;
+  return memory;
+}
+void EmulatedDevice::free(void* memory) noexcept {
+  memory_->committed -= sizes_[memory];
+  sizes_.erase(memory);
+  std::free(memory);
+}
+
 Result<void*> EmulatedDevice::reserve(int64_t bytes) noexcept {
+  if (!maps_memory) return chunks_.reserve(bytes);
   void* base = mmap(nullptr, static_cast<size_t>(bytes), PROT_NONE,
                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) return Status(Code::kMemory, "no addresses");
@@ -100,6 +117,7 @@ Status EmulatedDevice::commit(void* base, int64_t offset, int64_t bytes) noexcep
   hand_over();
   if (commits_until_failure >= 0 && commits_until_failure-- == 0)
     return Status(Code::kMemory, name_ + ": out of memory (a failure on purpose)");
+  if (!maps_memory) return chunks_.commit(base, offset, bytes);
   if (memory_->committed + bytes > memory_->total)
     return Status(Code::kMemory, name_ + ": out of memory");
   if (mprotect(at(base, offset), static_cast<size_t>(bytes), PROT_READ | PROT_WRITE) != 0)
@@ -111,6 +129,7 @@ Status EmulatedDevice::commit(void* base, int64_t offset, int64_t bytes) noexcep
 
 void EmulatedDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
   hand_over();
+  if (!maps_memory) return chunks_.decommit(base, offset, bytes);
   mmap(at(base, offset), static_cast<size_t>(bytes), PROT_NONE,
        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
   memory_->committed -= bytes;
@@ -119,13 +138,14 @@ void EmulatedDevice::decommit(void* base, int64_t offset, int64_t bytes) noexcep
 
 void EmulatedDevice::release(void* base, int64_t bytes) noexcept {
   hand_over();
+  if (!maps_memory) return chunks_.release(base, bytes);
   munmap(base, static_cast<size_t>(bytes));
   memory_->committed -= ranges_[base];
   ranges_.erase(base);
 }
 
 // As copies of a GPU: in the order of the stream, and impossible once the device is lost.
-Status EmulatedDevice::copy(void* to, const void* from, int64_t bytes) noexcept {
+Status EmulatedDevice::transfer(void* to, const void* from, int64_t bytes) noexcept {
   if (bytes <= 0) return {};
   hand_over();
   FATHOM_TRY(take_refused());
@@ -134,10 +154,10 @@ Status EmulatedDevice::copy(void* to, const void* from, int64_t bytes) noexcept 
   return {};
 }
 Status EmulatedDevice::upload(void* device, const void* host, int64_t bytes) noexcept {
-  return copy(device, host, bytes);
+  return transfer(device, host, bytes);
 }
 Status EmulatedDevice::download(void* host, const void* device, int64_t bytes) noexcept {
-  return copy(host, device, bytes);
+  return transfer(host, device, bytes);
 }
 Status EmulatedDevice::take_refused() noexcept {
   const int e = std::exchange(refused_, 0);

@@ -4,12 +4,14 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
 #include <utility>
 
+#include "cuda/chunked_ranges.h"
 #include "cuda/cuda_backend.h"
 #include "cuda/device.h"
 #include "cuda/emulation.h"
@@ -41,13 +43,16 @@ class EmulatedGraphs final : public cuda::GraphDriver {
 };
 
 // Reserved addresses fault until they are committed; committed memory is zeroed.
-class EmulatedDevice final : public cuda::Device {
+class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::Memory {
  public:
   explicit EmulatedDevice(std::string name = "cuda:0", std::shared_ptr<EmulatedMemory> memory =
                                                            std::make_shared<EmulatedMemory>());
   ~EmulatedDevice() override;
 
   EmulatedGraphs graphs;
+  // False: as with a driver without virtual memory management; set before memory is taken.
+  bool maps_memory = true;
+  const cuda::ChunkedRanges& chunks() const noexcept { return chunks_; }
   // Waits until the device is lost, for good; -1: it is not.
   int64_t waits_until_loss = -1;
 
@@ -60,7 +65,7 @@ class EmulatedDevice final : public cuda::Device {
   std::string_view name() const noexcept override { return name_; }
   std::string describe() const override { return name_ + ": emulated on the host"; }
   int64_t max_shared_bytes() const noexcept override { return 227 << 10; }
-  int64_t granularity() const noexcept override { return 64 << 10; }
+  int64_t granularity() const noexcept override { return kGranularity; }
   MemoryState memory() const noexcept override {
     return {memory_->total, memory_->total - memory_->committed};
   }
@@ -68,6 +73,9 @@ class EmulatedDevice final : public cuda::Device {
     return cuda::kStagingBytes + cuda::kGraphBytes + kContextBytes;
   }
   Result<void*> reserve(int64_t bytes) noexcept override;
+  void* address(void* base, int64_t offset) const noexcept override {
+    return maps_memory ? static_cast<std::byte*>(base) + offset : chunks_.address(base, offset);
+  }
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void decommit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void release(void* base, int64_t bytes) noexcept override;
@@ -80,15 +88,25 @@ class EmulatedDevice final : public cuda::Device {
   std::string error_text(int error) const override;
 
  private:
+  Result<void*> allocate(int64_t bytes) noexcept override;
+  void free(void* memory) noexcept override;
+  bool copy(void* to, const void* from, int64_t bytes) noexcept override {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+    return true;
+  }
+
   const std::string name_;
   const std::shared_ptr<EmulatedMemory> memory_;
+  static constexpr int64_t kGranularity = 64 << 10;
+  std::map<void*, int64_t> sizes_;  // of chunks
+  cuda::ChunkedRanges chunks_{*this, kGranularity};
   int64_t gemms_ = 0;
   std::map<void*, int64_t> ranges_;  // committed bytes by reservation
   std::unique_ptr<std::byte[]> staging_;
   cuda::LaunchQueue queue_{graphs};
   int refused_ = 0;
   bool lost_ = false;
-  Status copy(void* to, const void* from, int64_t bytes) noexcept;
+  Status transfer(void* to, const void* from, int64_t bytes) noexcept;
   Status take_refused() noexcept;
   void hand_over(cuda::LaunchQueue::Why why = cuda::LaunchQueue::Why::kOrder) noexcept {
     if (int e = queue_.flush(why)) refused_ = e;

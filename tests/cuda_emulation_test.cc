@@ -177,5 +177,41 @@ TEST_CASE("mma and the transposing load are a matrix product", "[cuda][emulation
   }
 }
 
+// Four floats go to shared memory beside the thread's work; `mistake` leaves out what is needed.
+__global__ void async_kernel(Args p) {
+  float* shared = shared_floats();
+  const int i = int(threadIdx.x);
+  for (int stage = 0; stage < 2; ++stage) {
+    copy_async16(shared + stage * 4 * p.n + 4 * i, p.in + stage * 4 * p.n + 4 * i);
+    commit_copies();
+  }
+  if (p.mistake != 1) wait_copies<1>();  // for the first of two
+  if (p.mistake == 0) __syncthreads();
+  const int neighbour = (i + 1) % p.n;
+  if (p.mistake != 3) p.out[i] = shared[4 * neighbour];
+  if (p.mistake != 2) wait_copies<0>();
+}
+
+TEST_CASE("copies that run beside a thread are there when they were waited for",
+          "[cuda][emulation]") {
+  for (const Order order : kOrders) {
+    const OrderGuard guard(order);
+    const int n = 64;
+    std::vector<float> in(static_cast<size_t>(8 * n)), out(static_cast<size_t>(n));
+    for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i);
+    const auto run = [&](int mistake) {
+      launch(async_kernel, {1, 1, 1}, 64, 8 * 64 * 4, nullptr,
+             Args{in.data(), out.data(), n, mistake});
+      return failure();
+    };
+    CHECK(run(0).empty());
+    for (int i = 0; i < n; ++i)
+      CHECK(out[static_cast<size_t>(i)] == static_cast<float>(4 * ((i + 1) % n)));
+    run(1);  // not waited for: what nobody wrote
+    if (order == Order::kForward) CHECK(std::isnan(out[0]));  // its neighbour comes later
+    CHECK_THAT(run(2), Catch::Contains("copies that it did not wait for"));
+  }
+}
+
 }  // namespace
 }  // namespace fathom::cuda

@@ -247,6 +247,50 @@ TEST_CASE("routed experts", "[cuda][layers]") {
     }
 }
 
+TEST_CASE("the likeliest tokens, in the sampler's order", "[cuda][layers]") {
+  Rng rng(89);
+  for (const Order order : kOrders)
+    for (const int64_t n_cols : {1, 5, 300, 4096, 4097, 9001})
+      for (const int64_t k : {int64_t{1}, int64_t{2}, int64_t{40}, kMaxTopK}) {
+        if (k > n_cols) continue;
+        TestGpu gpu(Numerics::kFast, order);
+        const int64_t n_rows = 2;
+        std::vector<float> logits = random_values(rng, n_rows * n_cols);
+        for (int64_t i = 0; i < n_cols; ++i) {  // the second row: many ties, some impossible
+          float& v = logits[static_cast<size_t>(n_cols + i)];
+          v = i % 3 == 0 ? -INFINITY : std::round(v * 2);
+        }
+        std::vector<TokenLogit> out(static_cast<size_t>(n_rows * (k + 1)));
+        const TopKParams p{logits.data(), n_rows, n_cols, k, out.data()};
+        gpu.run(p, [&](const OpContext& op) { gpu->top_k(op, p); });
+        INFO(n_cols << " tokens, k " << k << ", " << order_name(order));
+        for (int64_t row = 0; row < n_rows; ++row) {
+          const float* v = logits.data() + row * n_cols;
+          std::vector<int32_t> ids(static_cast<size_t>(n_cols));
+          std::iota(ids.begin(), ids.end(), 0);
+          std::stable_sort(ids.begin(), ids.end(),
+                           [&](int32_t a, int32_t b) { return v[a] > v[b]; });
+          bool same = true;
+          for (int64_t i = 0; i < k; ++i) {
+            const TokenLogit& got = out[static_cast<size_t>(row * (k + 1) + i)];
+            const int32_t id = ids[static_cast<size_t>(i)];
+            same = same && got.id == id && got.logit == v[id];
+          }
+          CHECK(same);
+          CHECK(out[static_cast<size_t>(row * (k + 1) + k)].id == -1);
+        }
+        // Broken logits are told of, the first of them.
+        const auto bad = static_cast<size_t>(n_cols / 2);
+        logits[bad] = std::nanf("");
+        logits[static_cast<size_t>(2 * n_cols - 1)] = INFINITY;
+        gpu.run(p, [&](const OpContext& op) { gpu->top_k(op, p); });
+        CHECK(out[static_cast<size_t>(k)].id == int32_t(bad));
+        CHECK(std::isnan(out[static_cast<size_t>(k)].logit));
+        CHECK(out[static_cast<size_t>(2 * k + 1)].id == int32_t(n_cols - 1));
+        CHECK(out[static_cast<size_t>(2 * k + 1)].logit == INFINITY);
+      }
+}
+
 TEST_CASE("values are added", "[cuda][layers]") {
   Rng rng(88);
   TestGpu gpu(Numerics::kFast);

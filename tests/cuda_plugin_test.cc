@@ -200,6 +200,85 @@ TEST_CASE("a configuration may name GPUs alone: the host holds tables and comput
   CHECK_THAT(std::string(pinned.status().message()), Contains("has no device \"cpu\""));
 }
 
+TEST_CASE("a device that cannot map memory into addresses gets chunks: the same text and bytes",
+          "[cuda][plugin]") {
+  if (cuda_test::real_gpu()) return;  // real drivers can
+  const auto text_on = [](const std::string& device) {
+    const Model model = test::load_model(test::test_data("models/tiny-v2-lite"),
+                                         settings(device + ",cpu", {{"context.max", "600"},
+                                                                    {"kv.page_tokens", "64"},
+                                                                    {"kv.type", "q4_0"},
+                                                                    {"prefill.chunk", "32"},
+                                                                    {"kv.recent_16bit", "32"}}));
+    Session session = test::new_session(model);
+    const int64_t free_before = model.engine().device(0).memory().free_bytes;
+    int64_t held = model.engine().memory().devices[0].bytes_now;
+    test::require_ok(session.prefill(std::vector<int32_t>(150, 9)));
+    // Pages that went cold were rewritten and gave back what they no longer need.
+    CHECK(free_before - model.engine().device(0).memory().free_bytes ==
+          model.engine().memory().devices[0].bytes_now - held);
+    test::require_ok(session.step(4));
+    const auto logits = session.logits();
+    std::vector<float> all(logits.begin(), logits.end());
+    test::require_ok(session.truncate(40));
+    test::require_ok(session.step(5));
+    all.insert(all.end(), session.logits().begin(), session.logits().end());
+    CHECK(free_before - model.engine().device(0).memory().free_bytes ==
+          model.engine().memory().devices[0].bytes_now - held);
+    return all;
+  };
+  CHECK(text_on("cuda:10") == text_on("cuda:0"));
+}
+
+TEST_CASE(
+    "generation brings the likeliest tokens of a device: the same text, and logits when asked",
+    "[cuda][plugin]") {
+  int64_t n_found = 0;
+  HostHooks hooks;
+  hooks.op = [&](const OpTime& op) { n_found += op.op == "top_k"; };
+  const Result<Engine> engine =
+      Engine::create(test::config_of(settings("cuda:0,cpu", {{"context.max", "600"}})), hooks);
+  REQUIRE(engine.ok());
+  const std::string folder = test::test_data("models/tiny-v2-lite");
+  const Result<Model> model = Model::load(*engine, std::move(engine->plan(folder)).value());
+  REQUIRE(model.ok());
+  const std::vector<int32_t> prompt = {3, 1, 4, 1, 5};
+  for (const SamplingOptions& sampling :
+       {SamplingOptions{},
+        SamplingOptions{.temperature = 0.9f, .top_k = 7, .top_p = 0.9f, .seed = 3},
+        SamplingOptions{.temperature = 0.9f, .seed = 4}, SamplingOptions{.repeat_penalty = 1.2f}}) {
+    Session session = test::new_session(*model), by_hand = test::new_session(*model);
+    test::require_ok(session.prefill(prompt));
+    test::require_ok(by_hand.prefill(prompt));
+    n_found = 0;
+    GenerateOptions options{.max_new_tokens = 5, .sampling = sampling, .stop_at_eos = false};
+    bool asked = false;
+    const auto result = session.generate(options, [&](const GeneratedToken& token) {
+      // A host may look at the logits at any token.
+      if (token.position == 7) asked = session.logits().size() > 0;
+      return true;
+    });
+    INFO(result.status().message());
+    REQUIRE(result.ok());
+    CHECK(asked);
+    Sampler sampler = std::move(Sampler::create(sampling)).value();
+    CHECK(n_found == (sampler.n_deciding() > 0 ? 5 : 0));
+    std::vector<int32_t> expected;
+    for (int i = 0; i < 5; ++i) {
+      expected.push_back(std::move(sampler.pick(by_hand.logits(), by_hand.tokens())).value());
+      test::require_ok(by_hand.step(expected.back()));
+    }
+    CHECK(result->tokens == expected);
+    const auto a = session.logits(), b = by_hand.logits();
+    REQUIRE(a.size() == b.size());
+    CHECK(std::equal(a.begin(), a.end(), b.begin()));
+    // Going on by hand and again by generation.
+    test::require_ok(session.step(2));
+    test::require_ok(by_hand.step(2));
+    CHECK(std::equal(session.logits().begin(), session.logits().end(), by_hand.logits().begin()));
+  }
+}
+
 TEST_CASE("decode through graphs has the bits of decode without", "[cuda][plugin]") {
   if (cuda_test::real_gpu()) return;  // a real driver makes graphs; golden texts went through them
   const auto texts = [](const std::string& device) {

@@ -298,3 +298,50 @@ TEST_CASE("nothing is allocated after the first pick") {
     CHECK(allocations == before);
   }
 }
+
+TEST_CASE("the likeliest tokens alone give the same picks") {
+  uint64_t seed = 1;
+  const auto random = [&] {
+    seed = seed * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<float>(seed >> 40) / static_cast<float>(1 << 24);
+  };
+  for (const int32_t top_k : {0, 1, 7, 40, 500})
+    for (const float temperature : {0.0f, 0.7f, 3.0f})
+      for (const float top_p : {1.0f, 0.8f})
+        for (const float min_p : {0.0f, 0.05f}) {
+          const SamplingOptions options{.temperature = temperature,
+                                        .top_k = top_k,
+                                        .top_p = top_p,
+                                        .min_p = min_p,
+                                        .seed = 11};
+          Sampler all = make(options), few = make(options);
+          const int32_t n = few.n_deciding();
+          CHECK(n == (temperature == 0 ? 1 : top_k));
+          if (n == 0) continue;
+          for (int round = 0; round < 20; ++round) {
+            std::vector<float> logits(300);
+            for (float& v : logits) v = std::round(random() * 40) / 4;  // ties
+            logits[static_cast<size_t>(round)] = -kInf;
+            std::vector<TokenLogit> likeliest;
+            for (size_t i = 0; i < logits.size(); ++i)
+              likeliest.push_back({logits[i], static_cast<int32_t>(i)});
+            std::stable_sort(
+                likeliest.begin(), likeliest.end(),
+                [](const TokenLogit& a, const TokenLogit& b) { return a.logit > b.logit; });
+            likeliest.resize(std::min(likeliest.size(), static_cast<size_t>(n)));
+            const Result<int32_t> id = few.pick_from(likeliest, 300);
+            REQUIRE(id.ok());
+            CHECK(*id == pick(all, logits));
+          }
+        }
+  // Those that count the whole text need all logits.
+  CHECK(make({.temperature = 1, .top_k = 5, .repeat_penalty = 1.1f}).n_deciding() == 0);
+  Sampler greedy = make({});
+  const TokenLogit best{2, 5};
+  CHECK(greedy.pick_from({&best, 1}, 10, {kNan, 3}).status().code() == Code::kNumeric);
+  CHECK_THAT(std::string(greedy.pick_from({&best, 1}, 10, {kNan, 3}).status().message()),
+             Contains("the logit of token 3 is nan"));
+  const TokenLogit impossible{-kInf, 0};
+  CHECK(greedy.pick_from({&impossible, 1}, 10).status().code() == Code::kNumeric);
+  CHECK(greedy.pick_from({}, 10).status().code() == Code::kInvalidArgument);
+}

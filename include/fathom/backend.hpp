@@ -24,6 +24,7 @@
 #include "fathom/kv_page.hpp"
 #include "fathom/memory.hpp"
 #include "fathom/model_config.hpp"
+#include "fathom/sampling.hpp"
 #include "fathom/status.hpp"
 #include "fathom/tensor.hpp"
 
@@ -247,6 +248,16 @@ struct AddParams {
   float* out;  // [n]; does not overlap x
 };
 
+// The k likeliest tokens of each row, by descending logit, equal ones by ascending id; behind them
+// the first token whose logit is NaN or +infinity, or one with id -1.
+inline constexpr int64_t kMaxTopK = 64;
+struct TopKParams {
+  const float* logits;  // [n_rows, n_cols]
+  int64_t n_rows, n_cols;
+  int64_t k;        // in [1, max_top_k()], at most n_cols
+  TokenLogit* out;  // [n_rows, k + 1]
+};
+
 struct MemoryState {
   int64_t total_bytes = 0;  // of the device; the host: of the machine or its cgroup
   int64_t free_bytes = 0;   // what could be had now
@@ -266,6 +277,12 @@ class Backend {
   virtual int64_t runtime_bytes() const noexcept = 0;  // kept for life: thread stacks, contexts
   // Addresses only; aligned to granularity().  Errors: kMemory.
   virtual Result<void*> reserve(int64_t bytes) noexcept = 0;
+  // Where what is committed at `offset` really lies.  A device that cannot map memory into reserved
+  // addresses gives each commit() a chunk of its own: bytes of one commit lie together, those of
+  // two do not, and a decommit() of a part may move the rest.
+  virtual void* address(void* base, int64_t offset) const noexcept {
+    return static_cast<std::byte*>(base) + offset;
+  }
   // Backs [offset, offset + bytes) with zeroed memory, all or nothing.  Errors: kMemory.
   virtual Status commit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
   // Gives the memory back to the system; the addresses stay reserved.
@@ -296,6 +313,7 @@ class Backend {
   virtual int64_t workspace_bytes(const AttendExpandedParams&) const noexcept = 0;
   virtual int64_t workspace_bytes(const FfnParams&) const noexcept = 0;
   virtual int64_t workspace_bytes(const ExpertsParams&) const noexcept = 0;
+  virtual int64_t workspace_bytes(const TopKParams&) const noexcept { return 0; }
 
   // ---- operations ----
   virtual void embed(const OpContext&, const EmbedParams&) noexcept = 0;
@@ -316,6 +334,10 @@ class Backend {
   // on a second device need (experts.cache).  A backend without it has no such copies.
   virtual bool keeps_expert_rows() const noexcept { return false; }
   virtual void sum_experts(const OpContext&, const SumExpertsParams&) noexcept {}
+  // For devices whose logits would have to be brought to the host: the most tokens that top_k()
+  // finds, at most kMaxTopK.  0: there is no such operation, and it is not called.
+  virtual int64_t max_top_k() const noexcept { return 0; }
+  virtual void top_k(const OpContext&, const TopKParams&) noexcept {}
   // Waits for all operations of this context.  Errors: kDevice.
   virtual Status sync(const OpContext&) noexcept = 0;
 };

@@ -11,6 +11,11 @@
 
 namespace fathom {
 
+struct TokenLogit {
+  float logit;
+  int32_t id;
+};
+
 // Order of application: repetition penalty, temperature, top-k, top-p, min-p, draw.
 struct SamplingOptions {
   float temperature = 0;     // 0: greedy (the others but the penalty are ignored).  [0, 100]
@@ -31,18 +36,26 @@ class Sampler {
   // repeat_window tokens count).  Greedy ties: the lowest id.  Errors: kNumeric when a logit is NaN
   // or +infinity, or all are -infinity; kInvalidArgument when logits is empty.
   Result<int32_t> pick(std::span<const float> logits, std::span<const int32_t> history);
+
+  // How many of the likeliest tokens decide a pick whatever the others are; 0: all are needed.
+  int32_t n_deciding() const noexcept;
+  // The same pick from these alone: the min(n_deciding(), vocab_size) likeliest, by descending
+  // logit, equal ones by ascending id.  `broken` is the first token whose logit is NaN or
+  // +infinity; its id is -1 where there is none.  Errors: as pick().
+  Result<int32_t> pick_from(std::span<const TokenLogit> likeliest, int64_t vocab_size,
+                            TokenLogit broken = {0, -1});
   void reset(uint64_t seed) noexcept;
   const SamplingOptions& options() const noexcept { return options_; }
 
  private:
   explicit Sampler(const SamplingOptions&);
   SamplingOptions options_;
+  // `each` calls its argument with the tokens that may be picked, by ascending id.
+  template <class Each>
+  int32_t draw(TokenLogit best, size_t vocab_size, const Each& each);
+
   uint64_t state_[4];  // xoshiro256**
-  struct Candidate {
-    float logit;
-    int32_t id;
-  };
-  std::vector<Candidate> candidates_;  // reused between picks
+  std::vector<TokenLogit> candidates_, likeliest_;  // reused between picks
   std::vector<int32_t> penalised_;
 };
 

@@ -85,4 +85,8 @@ void logits(const Step& s, const Weights& w, int64_t first_row, int64_t n_rows) 
   s.device.matmul(s.op, {x_norm, hidden, n_rows, &w.head, s.scratch.logits, c.vocab_size});
 }
 
+void likeliest(const Step& s, int64_t k) noexcept {
+  s.device.top_k(s.op, {s.scratch.logits, 1, s.config.vocab_size, k, s.scratch.likeliest});
+}
+
 }  // namespace fathom::nn

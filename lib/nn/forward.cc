@@ -111,18 +111,21 @@ size_t run_end(const Placement& placement, size_t first_layer) noexcept {
   return end;
 }
 
-Status forward(const ForwardParams& p) {
+Status forward(const ForwardParams& p, PassEnd how) {
   for (size_t l = 0; l < p.placement.layers.size();) {
     const size_t end = run_end(p.placement, l);
     FATHOM_TRY(forward_layers(p, l, end));
     l = end;
   }
+  if (how == PassEnd::kLeave) return {};
   const Stage& last = stage_of(p, p.placement.layers.back().device);
   return last.device->sync(last.op);
 }
 
-Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
-                      float* host_logits) {
+namespace {
+
+// Queues the logits of rows of the pass on the head's device.
+Status queue_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows) {
   const int last = p.placement.layers.back().device;
   const Stage& head = stage_of(p, p.placement.head_device);
   if (p.placement.head_device != last) {
@@ -130,6 +133,24 @@ Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
     first_row = 0;
   }
   logits(step_of(p, head), p.weights, first_row, n_rows);
+  return {};
+}
+
+}  // namespace
+
+Status forward_likeliest(const ForwardParams& p, int64_t row, int64_t k, TokenLogit* host) {
+  const Stage& head = stage_of(p, p.placement.head_device);
+  FATHOM_TRY(queue_logits(p, row, 1));
+  likeliest(step_of(p, head), k);
+  FATHOM_TRY(head.device->sync(head.op));
+  return head.device->download(host, head.scratch.likeliest,
+                               (k + 1) * static_cast<int64_t>(sizeof(TokenLogit)));
+}
+
+Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
+                      float* host_logits) {
+  const Stage& head = stage_of(p, p.placement.head_device);
+  FATHOM_TRY(queue_logits(p, first_row, n_rows));
   FATHOM_TRY(head.device->sync(head.op));
   if (host_logits == nullptr) return {};
   return head.device->download(host_logits, head.scratch.logits,

@@ -30,8 +30,10 @@ struct ForwardParams {
 };
 
 // Runs the pass; the residual stream stays in scratch.x of the last layer's device.  Writes cache rows but
-// does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().
-Status forward(const ForwardParams& params);
+// does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().  kLeave does
+// not wait for the last layer's device: for passes whose logits are asked for next, which waits.
+enum class PassEnd : bool { kWait, kLeave };
+Status forward(const ForwardParams& params, PassEnd end = PassEnd::kWait);
 
 // The same in parts, for passes that follow each other through the devices: queues the layers
 // [first_layer, end_layer), all of which live on one device, behind bringing the rows there from
@@ -45,6 +47,11 @@ size_t run_end(const Placement& placement, size_t first_layer) noexcept;
 // Errors: kDevice.
 Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_rows,
                       float* host_logits = nullptr);
+
+// The same for one row, of which only the k likeliest tokens come to the host, where the head's
+// device finds them (k in [1, its max_top_k()]): as TopKParams::out, k + 1 of them.  The logits stay
+// in scratch.logits.
+Status forward_likeliest(const ForwardParams& params, int64_t row, int64_t k, TokenLogit* host);
 
 // Workspace bytes that any pass of 1 .. max_tokens rows asks of device number `index`: the parts of
 // the pass that live there, run over a backend that only measures.

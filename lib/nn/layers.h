@@ -38,6 +38,7 @@ struct DeviceRoles {
 // All f32 but the ids.  Nothing here has a factor of the context length.
 struct Scratch {
   float* logits;   // [min(n_tokens, kLogitRows), vocab_size]; first: outlives the pass
+  TokenLogit* likeliest;  // [kMaxTopK + 1] of the last row of logits
   float* x;        // [n_tokens, hidden_size] residual stream; [min(n_tokens, kLogitRows), ...] where
                    // only the head is
   float* x_norm;   // the same shape
@@ -178,5 +179,8 @@ Status feed_forward_apart(const Step& step, const LayerWeights& weights, size_t 
 
 // scratch.logits[i, :] = head . norm(x[first_row + i, :]) for n_rows <= kLogitRows rows.
 void logits(const Step& step, const Weights& weights, int64_t first_row, int64_t n_rows) noexcept;
+
+// scratch.likeliest = the k likeliest tokens of scratch.logits[0, :], where the device finds them.
+void likeliest(const Step& step, int64_t k) noexcept;
 
 }  // namespace fathom::nn

@@ -51,6 +51,7 @@ class MeasuringBackend final : public Backend {
   int64_t workspace_bytes(const AttendExpandedParams& p) const noexcept override { return need(p); }
   int64_t workspace_bytes(const FfnParams& p) const noexcept override { return need(p); }
   int64_t workspace_bytes(const ExpertsParams& p) const noexcept override { return need(p); }
+  int64_t workspace_bytes(const TopKParams& p) const noexcept override { return need(p); }
 
   void embed(const OpContext&, const EmbedParams&) noexcept override {}
   void rms_norm(const OpContext&, const RmsNormParams&) noexcept override {}
@@ -70,6 +71,8 @@ class MeasuringBackend final : public Backend {
   void ffn(const OpContext&, const FfnParams& p) noexcept override { see(p); }
   void experts(const OpContext&, const ExpertsParams& p) noexcept override { see(p); }
   void add(const OpContext&, const AddParams&) noexcept override {}
+  int64_t max_top_k() const noexcept override { return real_.max_top_k(); }
+  void top_k(const OpContext&, const TopKParams& p) noexcept override { see(p); }
   Status sync(const OpContext&) noexcept override { return {}; }
 
  private:
@@ -147,6 +150,8 @@ int64_t measure_workspace(const Backend& device, int index, const ModelConfig& c
     if (roles.head) {
       logits(step, weights, 0, std::min(n, kLogitRows));
       logits(step, weights, 0, 1);
+      if (const int64_t k = std::min(measuring.max_top_k(), config.vocab_size); k > 0)
+        likeliest(step, k);
     }
   };
   for (AttentionForm form : {AttentionForm::kAbsorbed, AttentionForm::kExpanded})

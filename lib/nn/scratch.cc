@@ -27,6 +27,7 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
     return needed ? arena.take<float>(count) : nullptr;
   };
   s.logits = floats(roles.head, logit_rows * c.vocab_size);
+  s.likeliest = roles.head ? arena.take<TokenLogit>(kMaxTopK + 1) : nullptr;
   s.x = floats(rows || roles.head, (rows ? n : logit_rows) * c.hidden_size);
   s.cos_sin = floats(roles.layers, n * c.qk_rope_head_dim);
 

@@ -21,6 +21,9 @@ class ForwardingBackend : public Backend {
   MemoryState memory() const noexcept override { return real_->memory(); }
   int64_t runtime_bytes() const noexcept override { return real_->runtime_bytes(); }
   Result<void*> reserve(int64_t bytes) noexcept override { return real_->reserve(bytes); }
+  void* address(void* base, int64_t offset) const noexcept override {
+    return real_->address(base, offset);
+  }
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override {
     return real_->commit(base, offset, bytes);
   }
@@ -64,6 +67,9 @@ class ForwardingBackend : public Backend {
   int64_t workspace_bytes(const ExpertsParams& p) const noexcept override {
     return real_->workspace_bytes(p);
   }
+  int64_t workspace_bytes(const TopKParams& p) const noexcept override {
+    return real_->workspace_bytes(p);
+  }
 
   void embed(const OpContext& op, const EmbedParams& p) noexcept override { real_->embed(op, p); }
   void rms_norm(const OpContext& op, const RmsNormParams& p) noexcept override {
@@ -100,6 +106,8 @@ class ForwardingBackend : public Backend {
   void sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept override {
     real_->sum_experts(op, p);
   }
+  int64_t max_top_k() const noexcept override { return real_->max_top_k(); }
+  void top_k(const OpContext& op, const TopKParams& p) noexcept override { real_->top_k(op, p); }
   bool keeps_expert_rows() const noexcept override { return real_->keeps_expert_rows(); }
   Status sync(const OpContext& op) noexcept override { return real_->sync(op); }
 

@@ -26,10 +26,13 @@ class Generation {
   }
 
   Result<GenerateResult> run() {
-    for (;;) {
-      FATHOM_TRY_ASSIGN(const bool more, next());
-      if (!more) break;
-    }
+    run::SessionState& state = session_.state();
+    state.bring_likeliest(sampler_.n_deciding());
+    Result<bool> more = true;
+    while (more.ok() && *more) more = next();
+    state.likeliest.clear();
+    FATHOM_TRY(more.status().clone());
+    FATHOM_TRY(state.bring_logits());
     return std::move(result_);
   }
 
@@ -45,7 +48,7 @@ class Generation {
     if (Status room = session_.reserve(session_.n_tokens() + 1); !room.ok())
       return end_of_memory(std::move(room));
 
-    FATHOM_TRY_ASSIGN(const int32_t token, sampler_.pick(session_.logits(), session_.tokens()));
+    FATHOM_TRY_ASSIGN(const int32_t token, pick());
     const double before = session_.times().decode_seconds;
     if (Status s = session_.step(token); !s.ok()) {
       if (s.code() == Code::kBudget || s.code() == Code::kMemory || s.code() == Code::kContextFull)
@@ -77,6 +80,13 @@ class Generation {
     if (eos) return end(StopReason::kEos);
     if (stop || matched) return end(StopReason::kStop);
     return true;
+  }
+
+  Result<int32_t> pick() {
+    const run::SessionState& state = session_.state();
+    if (!state.has_likeliest) return sampler_.pick(session_.logits(), session_.tokens());
+    return sampler_.pick_from(std::span(state.likeliest).first(state.likeliest.size() - 1),
+                              session_.model().config().vocab_size, state.likeliest.back());
   }
 
   bool hand_out(int32_t token, const std::string& text) {

@@ -155,7 +155,7 @@ int64_t KvPages::bytes_in(KvTier tier) const noexcept {
 Status KvPages::map_page(Device& device, int64_t page, KvType type) {
   const int64_t at = page * device.slot_bytes;
   FATHOM_TRY(device.pages.commit(at, page_bytes(device, type)));
-  device.table[page] = {device.pages.data() + at, type};
+  device.table[page] = {device.pages.data(at), type};
   return {};
 }
 
@@ -198,7 +198,10 @@ void KvPages::convert_page(Device& device, int64_t page, KvType type) noexcept {
   if (entry.data == nullptr || entry.type == type || after > before) return;
   device.backend->kv_convert({}, {entry.data, options_.layout, device.n_layers, entry.type, type});
   entry.type = type;
-  if (before > after) device.pages.decommit(page * device.slot_bytes + after, before - after);
+  if (before == after) return;
+  const int64_t at = page * device.slot_bytes;
+  device.pages.decommit(at + after, before - after);
+  entry.data = device.pages.data(at);
 }
 
 // Rewrites the written pages that are cold once the session holds n_tokens_then tokens.

@@ -143,7 +143,7 @@ class KvPages {
   int64_t host_page_bytes(const Device&, KvType) const noexcept;
   int64_t first_moved() const noexcept { return options_.policy.first_cold_page(); }
   std::byte* host_page(const Device& d, int64_t page) const noexcept {
-    return d.host_pages.data() + page * d.host_slot_bytes;
+    return d.host_pages.data(page * d.host_slot_bytes);
   }
   int64_t file_offset(const Device&, int64_t layer_slot, int64_t page) const noexcept;
 

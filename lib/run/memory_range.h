@@ -44,7 +44,13 @@ class MemoryRange {
   // commit; giving back does not fail.
   Status resize(int64_t bytes);
 
-  std::byte* data() const noexcept { return static_cast<std::byte*>(base_); }
+  // Of a range that was committed whole, or of what was committed at `offset`.
+  std::byte* data(int64_t offset = 0) const noexcept {
+    return base_ == nullptr ? nullptr
+                            : static_cast<std::byte*>(backend_->address(base_, offset));
+  }
+  // Giving back a part moves the rest (Backend::address).
+  bool moves() const noexcept { return data() != base_; }
   int64_t reserved_bytes() const noexcept { return reserved_; }
   int64_t size_bytes() const noexcept { return committed_; }  // booked
   int64_t bytes_on(int device) const noexcept { return device == device_ ? committed_ : 0; }

@@ -71,6 +71,9 @@ class ObservedBackend final : public ForwardingBackend {
   void sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept override {
     timed("sum_experts", op, [&] { real_->sum_experts(op, p); });
   }
+  void top_k(const OpContext& op, const TopKParams& p) noexcept override {
+    timed("top_k", op, [&] { real_->top_k(op, p); });
+  }
   Status sync(const OpContext& op) noexcept override {
     Status kept = take_fault(op);
     Status now = call("sync", [&] { return real_->sync(op); });

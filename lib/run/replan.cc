@@ -35,7 +35,7 @@ void SessionState::lose_memory() noexcept {
   staging = MemoryRange();
   stages.clear();
   logits = nullptr;
-  has_logits = false;
+  has_logits = has_likeliest = false;
   lost = true;
 }
 
@@ -474,6 +474,14 @@ Status move_to_plan(const Model& handle, std::span<Session* const> sessions, con
 // where the plan would have that, it is left out.
 Status replan(const Model& handle, std::span<Session* const> sessions, const Config& asked,
               const RunOptions& options) {
+  // Weights are pointed at where they lie.
+  for (const WeightBlock& block : handle.state()->blocks)
+    if (block.range.moves())
+      return Status(Code::kUnsupported,
+                    fmt::format("{} cannot give back parts of its weights: its driver maps no memory "
+                                "into reserved addresses",
+                                handle.engine().device(block.device).name()))
+          .on_device(block.device);
   std::vector<int> closed;
   for (;;) {
     Status status = move_to_plan(handle, sessions, asked, closed, options);

@@ -103,22 +103,20 @@ void for_each_logit(std::span<const float> logits, std::span<const int32_t> pena
 }
 
 // The order of likelihood: ties go to the lower id.
-template <class Candidate>
-bool likelier(const Candidate& a, const Candidate& b) noexcept {
+bool likelier(const TokenLogit& a, const TokenLogit& b) noexcept {
   return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
 // The least likely token of the smallest set of most likely ones whose mass reaches `target`, which
 // is at most the mass of all.  Reorders the candidates.
-template <class Candidate>
-Candidate nucleus_end(std::span<Candidate> rest, uint64_t target, const Mass& mass) {
+TokenLogit nucleus_end(std::span<TokenLogit> rest, uint64_t target, const Mass& mass) {
   constexpr size_t kFirstGuess = 256, kSorted = 64;
   size_t guess = kFirstGuess;  // usually holds the nucleus; afterwards halves
   while (rest.size() > kSorted) {
     const size_t half = std::min(guess, rest.size() / 2);
     guess = std::numeric_limits<size_t>::max();
     std::nth_element(rest.begin(), rest.begin() + static_cast<std::ptrdiff_t>(half), rest.end(),
-                     likelier<Candidate>);
+                     likelier);
     uint64_t sum = 0;
     for (size_t i = 0; i < half; ++i) sum += mass(rest[i].logit);
     if (sum >= target) {
@@ -128,11 +126,20 @@ Candidate nucleus_end(std::span<Candidate> rest, uint64_t target, const Mass& ma
       target -= sum;
     }
   }
-  std::sort(rest.begin(), rest.end(), likelier<Candidate>);
+  std::sort(rest.begin(), rest.end(), likelier);
   uint64_t sum = 0;
-  for (const Candidate& candidate : rest)
+  for (const TokenLogit& candidate : rest)
     if ((sum += mass(candidate.logit)) >= target) return candidate;
   return rest.back();
+}
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+Status broken_logit(TokenLogit token) {
+  return Status(Code::kNumeric, fmt::format("the logit of token {} is {}", token.id, token.logit));
+}
+Status all_impossible(int64_t n) {
+  return Status(Code::kNumeric, fmt::format("all {} logits are -infinity", n));
 }
 
 Status out_of_range(const char* name, double value, const char* range) {
@@ -184,40 +191,63 @@ Result<int32_t> Sampler::pick(std::span<const float> logits, std::span<const int
     penalised_.erase(std::unique(penalised_.begin(), penalised_.end()), penalised_.end());
   }
 
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  Candidate best{.logit = -kInfinity, .id = -1};
+  TokenLogit best{.logit = -kInfinity, .id = -1};
   int32_t broken = -1;
   for_each_logit(logits, penalised_, penalty, [&](int32_t id, float logit) {
     if (!(logit < kInfinity) && broken < 0) broken = id;
     if (logit > best.logit) best = {logit, id};
   });
-  if (broken >= 0)
-    return Status(Code::kNumeric, fmt::format("the logit of token {} is {}", broken,
-                                              logits[static_cast<size_t>(broken)]));
-  if (best.id < 0)
-    return Status(Code::kNumeric, fmt::format("all {} logits are -infinity", logits.size()));
+  if (broken >= 0) return broken_logit({logits[static_cast<size_t>(broken)], broken});
+  if (best.id < 0) return all_impossible(static_cast<int64_t>(logits.size()));
   if (options_.temperature == 0) return best.id;
-
-  const Mass mass(best.logit, options_.temperature, logits.size());
-  // Least likely token kept.
-  Candidate last{.logit = -kInfinity, .id = std::numeric_limits<int32_t>::max()};
   candidates_.reserve(logits.size());
+  return draw(best, logits.size(),
+              [&](auto&& f) { for_each_logit(logits, penalised_, penalty, f); });
+}
+
+int32_t Sampler::n_deciding() const noexcept {
+  if (options_.repeat_penalty != 1 && options_.repeat_window > 0) return 0;
+  return options_.temperature == 0 ? 1 : options_.top_k;
+}
+
+Result<int32_t> Sampler::pick_from(std::span<const TokenLogit> likeliest, int64_t vocab_size,
+                                   TokenLogit broken) {
+  if (likeliest.empty() || std::cmp_less(vocab_size, likeliest.size()))
+    return Status(Code::kInvalidArgument, fmt::format("{} likeliest of {} tokens: must be in [1, {}]",
+                                                      likeliest.size(), vocab_size, vocab_size));
+  if (broken.id >= 0) return broken_logit(broken);
+  const TokenLogit best = likeliest.front();
+  if (!(best.logit > -kInfinity)) return all_impossible(vocab_size);
+  if (options_.temperature == 0) return best.id;
+  likeliest_.assign(likeliest.begin(), likeliest.end());
+  std::sort(likeliest_.begin(), likeliest_.end(),
+            [](const TokenLogit& a, const TokenLogit& b) { return a.id < b.id; });
+  return draw(best, static_cast<size_t>(vocab_size), [&](auto&& f) {
+    for (const TokenLogit& token : likeliest_) f(token.id, token.logit);
+  });
+}
+
+template <class Each>
+int32_t Sampler::draw(TokenLogit best, size_t vocab_size, const Each& each) {
+  const Mass mass(best.logit, options_.temperature, vocab_size);
+  // Least likely token kept.
+  TokenLogit last{.logit = -kInfinity, .id = std::numeric_limits<int32_t>::max()};
   const auto top_k = static_cast<size_t>(options_.top_k);
-  const bool cut_k = top_k > 0 && top_k < logits.size();
+  const bool cut_k = top_k > 0 && top_k < vocab_size;
   if (cut_k || options_.top_p < 1) {
     candidates_.clear();
-    for_each_logit(logits, penalised_, penalty, [&](int32_t id, float logit) {
+    each([&](int32_t id, float logit) {
       if (mass.may_count(logit)) candidates_.push_back({logit, id});
     });
     if (cut_k && top_k < candidates_.size()) {
       const auto end = candidates_.begin() + options_.top_k;
-      std::nth_element(candidates_.begin(), end - 1, candidates_.end(), likelier<Candidate>);
+      std::nth_element(candidates_.begin(), end - 1, candidates_.end(), likelier);
       last = *(end - 1);
       candidates_.erase(end, candidates_.end());
     }
     if (options_.top_p < 1) {
       uint64_t total = 0;
-      for (const Candidate& candidate : candidates_) total += mass(candidate.logit);
+      for (const TokenLogit& candidate : candidates_) total += mass(candidate.logit);
       const double share = std::ceil(double{options_.top_p} * static_cast<double>(total));
       const uint64_t target = std::clamp(static_cast<uint64_t>(share), uint64_t{1}, total);
       last = nucleus_end(std::span(candidates_), target, mass);
@@ -229,8 +259,8 @@ Result<int32_t> Sampler::pick(std::span<const float> logits, std::span<const int
 
   uint64_t total = 0;
   candidates_.clear();
-  for_each_logit(logits, penalised_, penalty, [&](int32_t id, float logit) {
-    const Candidate candidate{logit, id};
+  each([&](int32_t id, float logit) {
+    const TokenLogit candidate{logit, id};
     if (likelier(last, candidate)) return;
     if (const uint64_t m = mass(logit); m >= least) {
       total += m;
@@ -238,7 +268,7 @@ Result<int32_t> Sampler::pick(std::span<const float> logits, std::span<const int
     }
   });
   uint64_t rest = random_below(total, state_);
-  for (const Candidate& candidate : candidates_) {
+  for (const TokenLogit& candidate : candidates_) {
     const uint64_t m = mass(candidate.logit);
     if (rest < m) return candidate.id;
     rest -= m;

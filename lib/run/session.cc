@@ -34,9 +34,9 @@ bool SessionState::report(const StepFunction& on_step, Phase phase, int64_t n_ne
   return on_step({phase, n_new, n_tokens, seconds, cache.size_bytes(), memory});
 }
 
-Status SessionState::run_pass(const nn::ForwardParams& params) {
+Status SessionState::run_pass(const nn::ForwardParams& params, nn::PassEnd end) {
   const PassGate::Pass pass(model.state()->gate);
-  return nn::forward(params);
+  return nn::forward(params, end);
 }
 
 Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t first_row,
@@ -44,6 +44,25 @@ Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t fir
   const nn::Stage& head = stages[static_cast<size_t>(params.placement.head_device)];
   return nn::forward_logits(params, first_row, n_rows,
                             head.scratch.logits == logits ? nullptr : logits);
+}
+
+bool SessionState::bring_likeliest(int64_t k) {
+  const nn::Stage& head = stages[static_cast<size_t>(model.plan().placement.head_device)];
+  const int64_t found = std::min(k, model.config().vocab_size);
+  likeliest.clear();
+  if (found < 1 || found > head.device->max_top_k()) return false;
+  likeliest.resize(static_cast<size_t>(found) + 1);
+  return true;
+}
+
+Status SessionState::bring_logits() {
+  if (!has_likeliest || has_logits) return {};
+  const nn::Stage& head = stages[static_cast<size_t>(model.plan().placement.head_device)];
+  FATHOM_TRY(head.device->download(
+      logits, head.scratch.logits,
+      model.config().vocab_size * static_cast<int64_t>(sizeof(float))));
+  has_logits = true;
+  return {};
 }
 
 Status SessionState::all_logits(const nn::ForwardParams& params, const RunOptions& options) {
@@ -90,20 +109,26 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
       .cancelled_arg = const_cast<RunControl*>(&control),
       .trace = trace,
       .copies = model.state()->copies.get()};
-  Status status = run_pass(params);
-  if (status.ok() && options.on_logits) {
-    has_logits = false;  // the buffer is being overwritten
+  const bool any_logits = want_logits || options.on_logits;
+  const bool few = want_logits && !options.on_logits && !likeliest.empty();
+  // Asking for logits waits as well; copies of experts may change between passes.
+  Status status = run_pass(params, any_logits && params.copies == nullptr ? nn::PassEnd::kLeave
+                                                                          : nn::PassEnd::kWait);
+  if (status.ok() && any_logits) has_logits = has_likeliest = false;  // being overwritten
+  if (status.ok() && options.on_logits)
     status = all_logits(params, options);
-  } else if (status.ok() && want_logits) {
-    has_logits = false;
+  else if (status.ok() && few)
+    status = nn::forward_likeliest(params, n - 1, static_cast<int64_t>(likeliest.size()) - 1,
+                                   likeliest.data());
+  else if (status.ok() && want_logits)
     status = compute_logits(params, n - 1, 1);
-  }
   if (!status.ok()) {
     cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
     return status;
   }
   append(taken);
-  has_logits = want_logits || options.on_logits;
+  has_likeliest = few;
+  has_logits = any_logits && !few;
   if (ExpertCache* copies = model.state()->copies.get()) copies->after_pass(n);
   return n;
 }
@@ -226,7 +251,7 @@ Status Session::step(int32_t token) {
 }
 
 std::span<const float> Session::logits() const noexcept {
-  if (!state_->has_logits) return {};
+  if (!state_->bring_logits().ok() || !state_->has_logits) return {};
   return {state_->logits,
           static_cast<size_t>(state_->model.config().vocab_size)};
 }
@@ -247,7 +272,7 @@ Status Session::truncate(int64_t n_tokens) {
         Code::kInvalidArgument,
         fmt::format("truncate to {}: not in [0, {}], the tokens held", n_tokens, s.n_tokens));
   const int64_t forgotten = s.n_tokens - n_tokens;
-  if (forgotten > 0) s.has_logits = false;
+  if (forgotten > 0) s.has_logits = s.has_likeliest = false;
   s.n_tokens = n_tokens;
   s.cache.truncate(n_tokens);
   if (forgotten > 0) {

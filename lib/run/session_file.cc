@@ -206,6 +206,7 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
 Status Session::save(const std::string& path, const RunOptions& options) const {
   return run::guarded([&]() -> Status {
     if (state_->lost) return state_->lost_error();
+    FATHOM_TRY(state_->bring_logits());
     io::FileCalls calls;
     return run::save_session(*state_, path, options, calls);
   });
@@ -213,7 +214,10 @@ Status Session::save(const std::string& path, const RunOptions& options) const {
 
 Status Session::save_to(const WriteFunction& write, const RunOptions& options) const {
   if (state_->lost) return state_->lost_error();
-  return run::guarded([&] { return run::write_session(*state_, write, options); });
+  return run::guarded([&]() -> Status {
+    FATHOM_TRY(state_->bring_logits());
+    return run::write_session(*state_, write, options);
+  });
 }
 
 Result<Session> Session::restore(const Model& model, const std::string& path,

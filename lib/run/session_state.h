@@ -45,9 +45,14 @@ class SessionState final : public nn::RowSourceOf {
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
   // nn::forward(), during which the model's copies of experts stay.
-  Status run_pass(const nn::ForwardParams& params);
+  Status run_pass(const nn::ForwardParams& params, nn::PassEnd end = nn::PassEnd::kWait);
   // Logits of rows of the pass, into `logits`.
   Status compute_logits(const nn::ForwardParams& params, int64_t first_row, int64_t n_rows);
+  // While `likeliest` has room for k tokens and one more, steps bring the k likeliest instead of
+  // all logits from a device that finds them; false where it does not, or not so many.
+  bool bring_likeliest(int64_t k);
+  // The last token's logits, where only the likeliest were brought.  Errors: kDevice.
+  Status bring_logits();
   double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock
 
   // ---- memory that ends: session_grow.cc ----
@@ -103,6 +108,8 @@ class SessionState final : public nn::RowSourceOf {
   int64_t chunk = 0;  // longest pass that the scratch has room for
   bool has_logits = false;
   bool lost = false;  // lose_memory() was called
+  std::vector<TokenLogit> likeliest;  // as TopKParams::out; empty: steps bring logits
+  bool has_likeliest = false;         // of the last token, whose logits are on the device alone
   SessionTimes times;
   std::vector<Event> events;
   MemorySnapshot memory;  // what report() shows, kept so that it allocates once

@@ -4,6 +4,7 @@
 //   cuda:4           the 150th launch fails   cuda:5           lost at the fourth wait
 //   cuda:6           too old                  cuda:7           cuBLASLt is missing
 //   cuda:8           no such GPU              cuda:9           the eleventh commit fails
+//   cuda:10          cannot map memory into reserved addresses
 #include <map>
 #include <mutex>
 
@@ -40,6 +41,7 @@ Result<std::unique_ptr<Backend>> make(const PluginOptions& options) {
   if (name == "cuda:3") device->graphs.updates_graphs = false;
   if (name == "cuda:4") device->graphs.launches_until_refusal = 149;
   if (name == "cuda:5") device->waits_until_loss = 3;
+  if (name == "cuda:10") device->maps_memory = false;
   if (name == "cuda:9") device->commits_until_failure = 10;
   return std::unique_ptr<Backend>(
       std::make_unique<cuda::CudaBackend>(std::move(device), options.numerics));
