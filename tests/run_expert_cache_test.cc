@@ -3,8 +3,10 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <filesystem>
-#include <fstream>
+#include <thread>
 
 #include "support/spill.h"
 
@@ -326,6 +328,49 @@ TEST_CASE("copies that cannot be made end nothing", "[expert_cache]") {
       CHECK((model->expert_cache().copied == 0) == (every == 1));
     }
   }
+}
+
+TEST_CASE("sessions on several threads share the copies, while a budget moves", "[expert_cache]") {
+  const test::Settings common{{"context.max", "256"}, {"sessions.max", "3"}, {"threads", "1"}};
+  const Model plain = test::load_model(kTrained, common);
+  const Model model =
+      test::load_model(kTrained, with(with(kApart, common), {{"experts.cache", "1G"}}));
+  const auto text = long_text(400);
+  const auto run_one = [&](const Model& m, size_t first) {
+    Session session = test::new_session(m);
+    std::vector<float> all;
+    for (size_t i = 0; i < 120; ++i) {
+      const Status stepped = session.step(text[first + i]);
+      if (!stepped.ok()) return std::vector<float>();
+      all.insert(all.end(), session.logits().begin(), session.logits().end());
+    }
+    return all;
+  };
+  std::vector<std::vector<float>> expected, got(3);
+  for (size_t i = 0; i < got.size(); ++i) expected.push_back(run_one(plain, 100 * i));
+  std::atomic<int> running{3};
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < got.size(); ++i)
+    threads.emplace_back([&, i] {
+      got[i] = run_one(model, 100 * i);
+      --running;
+    });
+  Engine engine = model.engine();
+  const int64_t budget = engine.memory().devices[0].budget_bytes;
+  const int64_t tight = model.plan().devices[0].peak_bytes() -
+                        model.plan().devices[0].planned(Purpose::kExpertCache) / 2;
+  int rounds = 0;
+  for (; running > 0; ++rounds) {
+    (void)engine.set_budget(0, rounds % 2 == 0 ? tight : budget);
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < got.size(); ++i) {
+    INFO("session " << i << ", " << rounds << " changes of the budget");
+    REQUIRE(got[i].size() == expected[i].size());
+    CHECK(test::first_bit_difference(expected[i], got[i]).index == -1);
+  }
+  CHECK(model.expert_cache().hits > 0);
 }
 
 TEST_CASE("other memory of the device takes copies' place", "[expert_cache]") {

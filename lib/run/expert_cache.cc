@@ -12,6 +12,7 @@ namespace {
 constexpr uint32_t kLeastUses = 2;
 // Between two passes at most so many are read, so that no token waits long.
 constexpr int64_t kMostCopies = 16;
+constexpr int kMostMissed = 8;
 
 // How a layer's copies lie within an expert's place.
 struct ExpertParts {
@@ -247,11 +248,15 @@ void ExpertCache::age() noexcept {
 
 void ExpertCache::after_pass(int64_t n_tokens) {
   tokens_.fetch_add(n_tokens);
-  gate_.change(/*wait=*/false, [&] {
+  // Among sessions that are always busy, somebody must wait for the others now and then.
+  const bool wait = n_missed_.load(std::memory_order_relaxed) >= kMostMissed;
+  const bool changed = gate_.change(wait, [&] {
     age();
     for (Device& device : devices_)
       for (int64_t n = std::min(n_tokens, kMostCopies); n > 0 && copy_one(device);) --n;
   });
+  n_missed_.store(changed ? 0 : n_missed_.load(std::memory_order_relaxed) + 1,
+                  std::memory_order_relaxed);
 }
 
 ExpertCache::Place ExpertCache::most_wanted(Device& device) noexcept {

@@ -67,7 +67,8 @@ class ExpertCache final : public nn::ExpertCopies, public LedgerLender {
   ~ExpertCache();
 
   // After a pass of n_tokens tokens, on its thread: ages the counts, and while no other pass runs
-  // copies the most used experts, as many as the pass had tokens and at most 16.
+  // copies the most used experts, as many as the pass had tokens and at most 16.  Waits for other
+  // passes only when several had none of that.
   void after_pass(int64_t n_tokens);
   // Drops the least used copies until `bytes` more fit the device's budget and its plan.
   void make_room(int device, int64_t bytes) noexcept;
@@ -133,6 +134,7 @@ class ExpertCache final : public nn::ExpertCopies, public LedgerLender {
   std::vector<const Layer*> by_layer_;  // [num_hidden_layers], null: no copies
   MemoryRange tables_, staging_;
   int64_t n_experts_ = 0, window_ = 0, aged_ = 0;
+  std::atomic<int> n_missed_{0};  // passes since the last change
   bool failed_ = false;  // the file could not be read: no more copies are made
   std::atomic<int64_t> tokens_{0}, choices_{0}, hits_{0}, n_held_{0}, held_bytes_{0}, copied_{0},
       dropped_{0};
