@@ -128,6 +128,11 @@ struct Config {
   // head.
   std::string placement_embed = "auto";
   std::string placement_head = "auto";
+  // placement.kv: which devices hold the rows of the cache, in the order of the text: "home=65536,
+  // cpu=*" leaves the first 65,536 tokens with their layer's device (home) and puts the others on
+  // cpu; what no part names stays home.  Attention is computed where the rows lie.  Multiples of 512
+  // and of the page.  auto: with their layer, and on several devices where one cannot hold them.
+  std::string placement_kv = "auto";
   // placement.goal: what the placement makes fast.
   PlacementGoal placement_goal = PlacementGoal::kDecode;
 

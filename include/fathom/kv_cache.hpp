@@ -13,6 +13,7 @@
 
 #include "fathom/config.hpp"
 #include "fathom/kv_page.hpp"
+#include "fathom/placement.hpp"
 #include "fathom/status.hpp"
 
 namespace fathom {
@@ -25,13 +26,15 @@ class KvPages;
 struct KVCacheOptions {
   KvPolicy policy;
   KvLayout layout;
-  std::vector<int64_t> layers_on_device;  // [n_devices] layers whose rows live there
+  std::vector<int64_t> layers_on_device;  // [n_devices] layers whose attention is there
   int64_t max_tokens = 0;                 // addresses are reserved for so many
   std::vector<KvTier> tiers = {KvTier::kDevice};
   std::string spill_folder = {};          // for the file tier
   bool spill_to_memory = false;           // the folder may lie in memory
   // The smallest type that the session's ladder may rewrite cold pages in; none: it does not.
   std::optional<KvType> floor_type = std::nullopt;
+  // Rows that lie on other devices than their layers (Placement::kv).
+  std::vector<KvSpan> spans = {};
 };
 
 class KVCache {
@@ -65,9 +68,9 @@ class KVCache {
   // `keep_tokens` tokens of room.
   void truncate(int64_t n_tokens, int64_t keep_tokens = 0) noexcept;
 
-  // View of one layer's rows [first_row, first_row + n_rows) on `device`; layer_slot counts the
-  // layers of that device.  Pages that were moved have no data.  Valid until the next reserve or
-  // truncate.
+  // View of one layer's rows [first_row, first_row + n_rows); layer_slot counts the layers of
+  // `device`.  Pages that were moved have no data, those of a span lie on the span's device.  Valid
+  // until the next reserve or truncate.
   KvRows rows(int device, int64_t layer_slot, int64_t first_row, int64_t n_rows) const noexcept;
 
   run::KvPages& pages() noexcept { return *pages_; }

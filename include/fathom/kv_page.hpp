@@ -99,24 +99,35 @@ struct KvPolicy {
   constexpr KvType new_page_type(int64_t page) const noexcept {
     return recent_tokens > 0 || page < first_cold_page() ? hot_type : type;
   }
-  // Tokens at which the last page of n_tokens is begun.  Nowhere on the way to n_tokens do the
-  // pages take more bytes: further on one may have left the window and have been rewritten.
-  constexpr int64_t last_page_begun(int64_t n_tokens) const noexcept {
-    return n_tokens > 0 ? (pages_for(n_tokens) - 1) * page_tokens + 1 : 0;
+  // Tokens at which the last page of n_tokens, or the last one before `end_page`, is begun.  Nowhere
+  // on the way to n_tokens do the pages before end_page take more bytes: further on one may have
+  // left the window and have been rewritten.
+  constexpr int64_t last_page_begun(int64_t n_tokens,
+                                    int64_t end_page = INT64_MAX) const noexcept {
+    const int64_t pages = pages_for(n_tokens) < end_page ? pages_for(n_tokens) : end_page;
+    return pages > 0 ? (pages - 1) * page_tokens + 1 : 0;
   }
-  // Bytes of a session's pages at n tokens, given those of a cold and of a hot page.
-  constexpr int64_t bytes(int64_t n_tokens, int64_t cold_page_bytes,
-                          int64_t hot_page_bytes) const noexcept {
-    const int64_t pages = pages_for(n_tokens), first = first_cold_page(), end = cold_end(n_tokens);
-    const int64_t cold = pages > first ? (end < pages ? end : pages) - first : 0;
-    return cold * cold_page_bytes + (pages - cold) * hot_page_bytes;
+  // Bytes of a session's pages [first_page, end_page) at n tokens, given those of a cold and of a
+  // hot page; without a range, of all.
+  constexpr int64_t bytes(int64_t n_tokens, int64_t cold_page_bytes, int64_t hot_page_bytes,
+                          int64_t first_page = 0, int64_t end_page = INT64_MAX) const noexcept {
+    const auto before = [](int64_t a, int64_t b) { return a < b ? a : b; };
+    const int64_t pages = before(pages_for(n_tokens), end_page);
+    if (pages <= first_page) return 0;
+    const int64_t first = first_cold_page() > first_page ? first_cold_page() : first_page;
+    const int64_t end = before(cold_end(n_tokens), pages);
+    const int64_t cold = end > first ? end - first : 0;
+    return cold * cold_page_bytes + (pages - first_page - cold) * hot_page_bytes;
   }
   // The same where room is made for n tokens before the first is written.
   constexpr int64_t reserved_bytes(int64_t n_tokens, int64_t cold_page_bytes,
-                                   int64_t hot_page_bytes) const noexcept {
-    const int64_t pages = pages_for(n_tokens), first = first_cold_page();
-    const int64_t hot = recent_tokens > 0 || first > pages ? pages : first;
-    return (pages - hot) * cold_page_bytes + hot * hot_page_bytes;
+                                   int64_t hot_page_bytes, int64_t first_page = 0,
+                                   int64_t end_page = INT64_MAX) const noexcept {
+    const int64_t pages = pages_for(n_tokens) < end_page ? pages_for(n_tokens) : end_page;
+    if (pages <= first_page) return 0;
+    const int64_t hot_end = recent_tokens > 0 || first_cold_page() > pages ? pages : first_cold_page();
+    const int64_t hot = hot_end > first_page ? hot_end - first_page : 0;
+    return (pages - first_page - hot) * cold_page_bytes + hot * hot_page_bytes;
   }
 };
 

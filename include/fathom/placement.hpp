@@ -7,6 +7,9 @@
 //             cpu        experts  96 .. 255
 //   ...
 //
+// A layer's cache lies with its attention, unless spans say that rows of it lie on other devices;
+// attention then goes where the rows are.
+//
 // Devices are counted as Config::devices names them.
 #pragma once
 
@@ -14,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "fathom/kv_page.hpp"
 #include "fathom/model_config.hpp"
 
 namespace fathom {
@@ -33,6 +37,19 @@ struct LayerPlacement {
   bool operator==(const LayerPlacement&) const = default;
 };
 
+// Cache rows [first_row, end_row) of every layer whose attention is on `home` lie on `device`.
+// Bounds are multiples of kv_span_rows(), which attention's partial results and pages share; the
+// last span may end at kKvNoEnd.
+struct KvSpan {
+  int home = 0, device = 0;
+  int64_t first_row = 0, end_row = 0;
+  bool operator==(const KvSpan&) const = default;
+};
+inline constexpr int64_t kKvNoEnd = INT64_MAX;
+constexpr int64_t kv_span_rows(int64_t page_tokens) noexcept {
+  return page_tokens > kKvSplitRows ? page_tokens : kKvSplitRows;
+}
+
 struct Placement {
   int embed_device = 0;
   int head_device = 0;  // final norm and output head
@@ -40,6 +57,8 @@ struct Placement {
   // By device: whether it keeps copies of experts of its layers that live elsewhere, while it has
   // memory that nothing else needs (experts.cache); empty: none does.
   std::vector<bool> keeps_copies;
+  // By home, rows ascending, none twice.  Rows that no span names lie with their layer.
+  std::vector<KvSpan> kv;
 
   bool has_copies(int device) const noexcept {
     return static_cast<size_t>(device) < keeps_copies.size() &&
@@ -54,6 +73,8 @@ struct Placement {
   int64_t layers_on(int device) const noexcept;
   // Experts of other devices' layers, or of its own, that a device holds.
   int64_t experts_on(int device) const noexcept;
+  // Whether a device holds cache rows of layers that live on others.
+  bool holds_rows_of_others(int device) const noexcept;
   bool uses(int device) const noexcept;
   bool operator==(const Placement&) const = default;
 };

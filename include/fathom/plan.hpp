@@ -39,7 +39,7 @@ struct PlanDevice {
   int64_t n_layers = 0;      // layers whose attention and cache live here
   int64_t n_experts = 0;     // routed experts that live here, over all layers
   int64_t transfer_bytes = 0;  // staging of one session for copies between other devices
-  int64_t kv_page_bytes = 0;              // committed per page of one session
+  int64_t kv_page_bytes = 0;              // committed per page of one session, all its layers
   int64_t kv_hot_page_bytes = 0;          // the same for pages that the policy keeps in 16 bits
   int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
   // Predicted seconds of work in a full prefill chunk and in a decode step at the end of the
@@ -120,15 +120,9 @@ struct Plan {
   Placement placement;  // what lives on which of them
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
-  // Cache bytes of one session on a device, in whole pages: the most on the way to `n_tokens`
-  // tokens.
-  int64_t kv_bytes(int device, int64_t n_tokens) const noexcept {
-    const PlanDevice& d = devices[static_cast<size_t>(device)];
-    return std::max(
-        kv_policy.bytes(kv_policy.last_page_begun(n_tokens), d.kv_page_bytes, d.kv_hot_page_bytes),
-        kv_policy.reserved_bytes(std::min(config.context_reserve, n_tokens), d.kv_page_bytes,
-                                 d.kv_hot_page_bytes));
-  }
+  // Cache bytes of one session on a device, in whole pages, its own layers' and those that
+  // placement.kv puts there: the most on the way to `n_tokens` tokens.
+  int64_t kv_bytes(int device, int64_t n_tokens) const;
   std::string to_json() const;
   // A table for people: device, purpose, phases, GiB; then what binds and the alternatives.
   std::string describe() const;

@@ -22,7 +22,15 @@ int64_t staging_bytes(const Placement& placement, std::span<const Backend* const
   }
   needed = needed || apart(at, placement.head_device);
   const int64_t columns = std::max(c.hidden_size, c.num_experts_per_tok);
-  return needed ? n_tokens * columns * static_cast<int64_t>(sizeof(float)) : 0;
+  int64_t values = needed ? n_tokens * columns : 0;
+  // Queries and sums of attention that goes to rows on other devices.
+  for (const KvSpan& span : placement.kv)
+    if (placement.layers_on(span.home) > 0)
+      for (int d = 0; d < static_cast<int>(devices.size()); ++d)
+        if (apart(span.device, d))
+          values = std::max(values, std::min(n_tokens, kAbsorbedRows) * c.num_attention_heads *
+                                        std::max(c.kv_lora_rank, c.qk_head_dim()));
+  return values * static_cast<int64_t>(sizeof(float));
 }
 
 Status transfer(Backend& from, const void* source, Backend& to, void* target, int64_t bytes,

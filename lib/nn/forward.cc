@@ -15,7 +15,9 @@ Step step_of(const ForwardParams& p, const Stage& stage) {
           .scratch = stage.scratch,
           .n_tokens = static_cast<int64_t>(p.tokens.size()),
           .sequences = p.sequences,
-          .form = p.form};
+          .form = p.form,
+          .stages = p.stages,
+          .staging = p.staging};
 }
 
 // Hands rows of the residual stream to another device.
@@ -88,12 +90,13 @@ Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_lay
                        .n_tokens = sequence.n_tokens,
                        .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
     const Step step = step_of(p, stage);
-    mla_attention(step, w, {device, place.slot});
+    Status attended = mla_attention(step, w, {device, place.slot});
     for (const Sequence& sequence : p.sequences)
-      if (Status brought = sequence.cache->status(); !brought.ok()) {
-        FATHOM_TRY(stage.device->sync(stage.op));
-        return brought;
-      }
+      if (attended.ok()) attended = sequence.cache->status();
+    if (!attended.ok()) {
+      FATHOM_TRY(stage.device->sync(stage.op));
+      return attended;
+    }
     if (experts_apart(place))
       FATHOM_TRY(feed_forward_apart(step, w, l, place, p.stages, p.staging, p.copies));
     else

@@ -9,6 +9,7 @@
 #include "fathom/config.hpp"
 #include "fathom/model_config.hpp"
 #include "fathom/placement.hpp"
+#include "fathom/status.hpp"
 #include "rope.h"
 #include "weights.h"
 
@@ -29,9 +30,10 @@ struct DeviceRoles {
   bool guests = false;  // routed experts of layers that live elsewhere
   bool head = false;    // final norm and logits
   bool copies = false;  // experts of a layer that keeps copies of those elsewhere, there or here
+  bool rows = false;    // cache rows of layers that live elsewhere
 
   static DeviceRoles of(const Placement& placement, int device) noexcept;
-  static constexpr DeviceRoles all() noexcept { return {true, true, true, true, false}; }
+  static constexpr DeviceRoles all() noexcept { return {true, true, true, true, false, false}; }
 };
 
 // Buffers of one pass over n_tokens rows on one device; those that its roles do not need are empty.
@@ -44,7 +46,7 @@ struct Scratch {
   float* x_norm;   // the same shape
   float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
 
-  // Attention.
+  // Attention; of a device that holds rows alone, blocks of min(n_tokens, kAbsorbedRows) queries.
   float* q_latent;            // [n_tokens, q_lora_rank]
   float* q;                   // [n_tokens, n_heads, qk_head_dim]
   float* kv;                  // [n_tokens, kv_lora_rank + qk_rope_head_dim]
@@ -94,25 +96,47 @@ struct Step {
   int64_t n_tokens;
   std::span<const Sequence> sequences;  // all rows, in order; more than one only when absorbed
   AttentionForm form;
+  // All stages of the pass, for layers whose cache rows lie on several, and staging: see transfer.h.
+  std::span<const Stage> stages = {};
+  std::byte* staging = nullptr;
 };
+
+// Rows that attention can take at once, and the stage on which they are.
+struct RowPiece {
+  KvRows rows;
+  int stage = 0;
+};
+// Whether attention goes to rows on other devices, or wants them brought to its own.
+enum class Where : uint8_t { kAnywhere, kHere };
 
 // Where the rows of a layer are: implemented by the session's cache.  `stage` counts the devices of
 // a pass, `layer_slot` the layers of that device.
 class RowSourceOf {
  public:
-  // Rows [0, n_rows), of which those that a pass writes are resident.
+  // Rows [0, n_rows) of a cache whose pages are all resident.
   virtual KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept = 0;
   // The rows to attend to next, from `first_row` (0, or where the piece before ended) to `end_row`
-  // at most, all resident.  Pieces meet at multiples of kKvSplitRows; each is good until the next
-  // is asked for, which may wait for `op`.  No rows: they could not be brought in, and status()
-  // says why.  A cache whose pages are all resident has one piece.
-  virtual KvRows piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
-                       int64_t end_row) const noexcept {
+  // at most, all resident on one stage.  Pieces meet at multiples of kKvSplitRows; each is good
+  // until the next is asked for, which may wait for `op`.  No rows: they could not be brought in,
+  // and status() says why.  A cache whose pages are all resident has one piece.
+  virtual RowPiece piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                         int64_t end_row, Where where) const noexcept {
+    (void)where;
+    return {room(stage, layer_slot, op, first_row, end_row), stage};
+  }
+  // Where the rows from `first_row` on can be written, `end_row` at most, on this stage; written()
+  // then takes them where they belong, if that is elsewhere.  No rows: as above.
+  virtual KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                      int64_t end_row) const noexcept {
     (void)op;
-    KvRows all = rows(stage, layer_slot, end_row);
-    all.first_row = first_row;
-    all.n_rows = end_row - first_row;
-    return all;
+    KvRows part = rows(stage, layer_slot, end_row);
+    part.first_row = first_row;
+    part.n_rows = end_row - first_row;
+    return part;
+  }
+  virtual void written(int stage, int64_t layer_slot, const OpContext& op,
+                       const KvRows& rows) const noexcept {
+    (void)stage, (void)layer_slot, (void)op, (void)rows;
   }
   // What went wrong since the pass began.
   virtual Status status() const noexcept { return {}; }
@@ -133,8 +157,11 @@ struct LayerSlot {
 int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 
 // x += W_o attention(norm(x)).  Writes the rows of each sequence into its cache and attends over
-// all that are there.  What is left in x is of no use when a cache's status() tells of a failure.
-void mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
+// all that are there, in the absorbed form on the devices where they lie.  What is left in x is of
+// no use when a cache's status() tells of a failure.  Errors: kDevice, of copies between devices.
+Status mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
+// The share of a device that only holds rows: attention of a block of n queries, for measuring.
+void attend_as_guest(const Step& step, const KvRows& rows, int64_t n) noexcept;
 
 // x += ffn(norm(x)): dense, or routed and shared experts, all on this device.
 void feed_forward(const Step& step, const LayerWeights& weights, bool moe) noexcept;

@@ -136,7 +136,7 @@ int64_t measure_workspace(const Backend& device, int index, const ModelConfig& c
       const LayerPlacement& place = placement.layers[l];
       const LayerWeights& w = weights.layers[l];
       const bool here = place.device == index;
-      if (here) mla_attention(step, w, {0, 0});
+      if (here) (void)mla_attention(step, w, {0, 0});  // copies nothing
       if (here && place.experts.empty()) feed_forward(step, w, /*moe=*/false);
       if (here && !place.experts.empty()) {
         choose_experts(step, w);
@@ -147,6 +147,7 @@ int64_t measure_workspace(const Backend& device, int index, const ModelConfig& c
       if (here && !place.experts.empty() && placement.has_copies(index))
         measure_copies(measuring, config, device, w, n);
     }
+    if (roles.rows) attend_as_guest(step, rows.rows(0, 0, n), std::min(n, kAbsorbedRows));
     if (roles.head) {
       logits(step, weights, 0, std::min(n, kLogitRows));
       logits(step, weights, 0, 1);

@@ -41,9 +41,15 @@ int64_t Placement::experts_on(int device) const noexcept {
   return n;
 }
 
+bool Placement::holds_rows_of_others(int device) const noexcept {
+  return std::any_of(kv.begin(), kv.end(), [&](const KvSpan& span) {
+    return span.device == device && span.home != device && layers_on(span.home) > 0;
+  });
+}
+
 bool Placement::uses(int device) const noexcept {
   return embed_device == device || head_device == device || layers_on(device) > 0 ||
-         experts_on(device) > 0;
+         experts_on(device) > 0 || holds_rows_of_others(device);
 }
 
 }  // namespace fathom

@@ -7,7 +7,8 @@ namespace fathom::nn {
 DeviceRoles DeviceRoles::of(const Placement& placement, int device) noexcept {
   DeviceRoles roles{.embed = placement.embed_device == device,
                     .head = placement.head_device == device,
-                    .copies = placement.has_copies(device)};
+                    .copies = placement.has_copies(device),
+                    .rows = placement.holds_rows_of_others(device)};
   for (const LayerPlacement& layer : placement.layers) {
     if (layer.device == device) roles.layers = true;
     for (const ExpertSpan& span : layer.experts)
@@ -52,6 +53,15 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
     s.attn = arena.take<float>(n * heads * c.v_head_dim);
     s.attn_state.max = arena.take<float>(n * heads);
     s.attn_state.sum = arena.take<float>(n * heads);
+  }
+
+  if (roles.rows && !roles.layers) {
+    const int64_t block = std::min(n, kAbsorbedRows);
+    s.q = arena.take<float>(block * heads * c.qk_head_dim());
+    s.attn_state.max = arena.take<float>(block * heads);
+    s.attn_state.sum = arena.take<float>(block * heads);
+    s.q_absorbed = arena.take<float>(block * heads * c.kv_lora_rank);
+    s.attn_absorbed = arena.take<float>(block * heads * c.kv_lora_rank);
   }
 
   arena.rewind(mark);

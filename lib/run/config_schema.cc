@@ -107,7 +107,10 @@ Status parse(const Setting& setting, std::string_view key, std::string_view text
     if (!text.starts_with('/') || text.size() > kMost || !printable)
       return refuse(setting, key, text);
   } else if (setting.unit == kPins) {
-    if (Status s = check_pins(text, setting.key.ends_with("experts")); !s.ok())
+    if (Status s = setting.key.ends_with("kv")
+                       ? check_kv_pins(text)
+                       : check_pins(text, setting.key.ends_with("experts"));
+        !s.ok())
       return std::move(s).in(key).about(key);
   } else if (setting.unit == kDevice && text == kAuto) {
     // Left to the plan.
@@ -365,6 +368,12 @@ constexpr Setting kSettings[] = {
          .unit = kDevice,
          .memory = "output head and logits move to the device",
          .text = "Device of the final norm and the output head; auto: the plan places them."}),
+    row<&Config::placement_kv>(
+        {.key = "placement.kv",
+         .unit = kPins,
+         .memory = "pages of the cache move to the devices named, with buffers for queries",
+         .text = "Devices that hold a text's cache rows, in order, such as home=65536,cpu=* (home: "
+                 "the layer's own); auto: home, and several where one cannot hold them."}),
     row<&Config::placement_goal>(
         {.key = "placement.goal",
          .choices = kGoals,
@@ -444,7 +453,7 @@ std::string Setting::range_text() const {
     return fmt::format("none, or some of {}, separated by commas", fmt::join(choices, ", "));
   if (type == "placement")
     return "auto or device=layers, separated by commas; layers are *, or numbers and ranges such as "
-           "0-3+8; of experts: device=layers:experts";
+           "0-3+8; of experts: device=layers:experts; of kv: device=tokens, the last one device=*";
   if (type == "device") return "auto or the name of one device";
   if (type == kFolder || type == kFile)
     return fmt::format("{}an absolute path of at most 1024 bytes", either);

@@ -212,7 +212,7 @@ LayerSeconds layer_seconds(const MachineDevice& device, const ModelConfig& confi
   Prediction prediction(device, config, pass);
   CostBackend& backend = prediction.backend();
   LayerSeconds out;
-  nn::mla_attention(prediction.step(), weights, {0, 0});
+  (void)nn::mla_attention(prediction.step(), weights, {0, 0});  // copies nothing
   out.attention = backend.busy_seconds();
   nn::feed_forward(prediction.step(), weights, moe);
   out.experts = backend.expert_seconds();

@@ -13,12 +13,11 @@ namespace run {
 // Page by page: what leaves the window is rewritten, then the next page is mapped.
 int64_t KvPages::tokens_within(std::span<const int> devices, int64_t available) const noexcept {
   const KvPolicy& policy = options_.policy;
-  const auto bytes = [&](KvType type) {
+  const auto bytes = [&](int64_t page, KvType type) {
     int64_t sum = 0;
-    for (const int d : devices) sum += page_bytes(devices_[static_cast<size_t>(d)], type);
+    for (const int d : devices) sum += page_bytes_on(d, page, type);
     return sum;
   };
-  const int64_t cold = bytes(policy.type);
   int64_t growth = 0;
   if (n_tokens_ < n_pages_ * policy.page_tokens)
     for (const int d : devices) growth += growth_bytes(d, n_tokens_ + 1);
@@ -27,18 +26,11 @@ int64_t KvPages::tokens_within(std::span<const int> devices, int64_t available) 
   for (int64_t page = n_pages_; page < max_pages_; ++page) {
     const int64_t end = std::min(policy.cold_end(page * policy.page_tokens + 1), page);
     for (; settled < end; ++settled) {
-      if (settled >= n_pages_) {
-        growth -= std::max<int64_t>(bytes(policy.new_page_type(settled)) - cold, 0);
-        continue;
-      }
-      for (const int index : devices) {
-        const Device& d = devices_[static_cast<size_t>(index)];
-        const KvPage& there = d.table[settled];
-        if (there.data != nullptr)
-          growth -= std::max<int64_t>(page_bytes(d, there.type) - page_bytes(d, policy.type), 0);
-      }
+      const KvType type = settled < n_pages_ ? type_of(settled) : policy.new_page_type(settled);
+      if (settled < n_pages_ && !is_resident(settled)) continue;
+      growth -= std::max<int64_t>(bytes(settled, type) - bytes(settled, policy.type), 0);
     }
-    growth += bytes(policy.new_page_type(page));
+    growth += bytes(page, policy.new_page_type(page));
     if (growth > available) return page * policy.page_tokens;
   }
   return options_.max_tokens;
@@ -64,10 +56,7 @@ const char* what_it_does(LadderStep step) {
 LadderGains gains_at(const SessionState& s, int device, int64_t n_tokens) {
   const KvPages& pages = s.cache.pages();
   const KVCacheOptions& options = pages.options();
-  const PlanDevice& planned = s.model.plan().devices[static_cast<size_t>(device)];
-  const int64_t movable = movable_end(options.policy, n_tokens, n_tokens + 1) -
-                          std::max(options.policy.first_cold_page(), pages.moved_end(device));
-  const int64_t resident = std::max<int64_t>(movable, 0) * planned.kv_page_bytes;
+  const int64_t resident = pages.movable_bytes_at(device, n_tokens);
   const auto tier = [&](KvTier t) {
     return std::find(options.tiers.begin(), options.tiers.end(), t) != options.tiers.end();
   };
@@ -77,12 +66,9 @@ LadderGains gains_at(const SessionState& s, int device, int64_t n_tokens) {
   if (pages.has_host_tier(device))
     gains[LadderStep::kSpill] = std::min(resident, engine.ledger.available(engine.host_device));
   if (tier(KvTier::kFile)) gains[LadderStep::kFile] = resident;
-  if (options.floor_type) {
-    const int64_t smaller = committed_bytes(
-        options.layout.page_bytes(*options.floor_type, planned.n_layers), planned.granularity);
+  if (options.floor_type)
     gains[LadderStep::kRequantise] =
-        std::max<int64_t>(planned.kv_page_bytes - smaller, 0) * std::max<int64_t>(movable, 0);
-  }
+        pages.rewriting_saves_at(device, n_tokens, *options.floor_type);
   return gains;
 }
 

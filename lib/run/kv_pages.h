@@ -1,22 +1,29 @@
-// KvPages: what stands behind KVCache.  Pages of one session in a reserved address range per
-// device, mapped as rows arrive; moved to host memory or to the spill file and rewritten in smaller
-// types when the ladder asks for it (ladder.h decides, session_grow.cc climbs).
+// KvPages: what stands behind KVCache.  Pages of one session, mapped as rows arrive; moved to host
+// memory or to the spill file and rewritten in smaller types when the ladder asks for it (ladder.h
+// decides, session_grow.cc climbs).
 //
-//   pages of a device:   | first window | in the file | in host memory | on the device |
-//                        0     first_cold_page()  file_end        host_end          n_pages
+// The layers of a device (their home) have pages of their own.  Runs of these pages, the parts, lie
+// on one device each, mostly home itself (kv_parts.h); a part has a reserved address range there.
 //
-// The oldest cold page is always the next one to go down, so two numbers say where every page is.
-// A page keeps its place in every tier, so moving needs no bookkeeping beyond them; in the table
-// its data is null while it is not on the device.  Attention takes moved pages through the staging
-// buffer (kv_stream.cc).
+//   pages of a part:   | first window | in the file | in host memory | on the device |
+//                    first_page    begin         file_end        host_end         end_page
+//
+// The oldest cold page of a part is always the next one to go down, so two numbers say where every
+// page is.  A page keeps its place in every tier, so moving needs no bookkeeping beyond them; in the
+// table its data is null while it is on no device.  Attention takes moved pages through a staging
+// buffer of home, and goes to those of parts elsewhere, or takes these through the buffer, too
+// (kv_stream.cc).
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "../io/spill_file.h"
+#include "../nn/layers.h"
 #include "engine_state.h"
 #include "fathom/kv_cache.hpp"
 #include "ladder.h"
@@ -32,16 +39,17 @@ constexpr int64_t stream_rows(int64_t page_tokens) noexcept {
   return page_tokens > kStreamRows ? page_tokens : kStreamRows;
 }
 
-// What the tiers beyond the device cost a session, for plan and allocation alike.
+// What pages that attention cannot read in place cost a session, for plan and allocation alike.
 struct TierBytes {
-  int64_t staging = 0;  // on each device
-  int64_t bounce = 0;   // on the host, once: between the file and devices it cannot write into
+  int64_t staging = 0;  // on each device with layers
+  int64_t bounce = 0;   // on the host, once: for devices that the file or others cannot write into
 };
-TierBytes tier_bytes(const std::vector<KvTier>& tiers, const KvPolicy& policy,
+// `spread`: rows lie on other devices than their layers.
+TierBytes tier_bytes(const std::vector<KvTier>& tiers, bool spread, const KvPolicy& policy,
                      const KvLayout& layout, bool all_devices_host) noexcept;
-// Tables of pages per device: a second one for what attention is shown of moved pages.
-constexpr int64_t tables_per_device(const std::vector<KvTier>& tiers) noexcept {
-  return tiers.size() > 1 ? 2 : 1;
+// Tables of pages per device: a second one for what attention is shown of pages in the buffer.
+constexpr int64_t tables_per_device(const std::vector<KvTier>& tiers, bool spread) noexcept {
+  return tiers.size() > 1 || spread ? 2 : 1;
 }
 
 class KvPages {
@@ -91,8 +99,8 @@ class KvPages {
   Status to_file(int device, int64_t n_then, int64_t bytes, Moved& moved);
   // On all devices at once, one type at a time, so that all rows of a page have one type.
   void requantise(int device, int64_t n_then, int64_t bytes, Moved& moved) noexcept;
-  // The type that the next requantised page will have; none: there is no such page.
-  std::optional<KvType> next_type(int64_t n_then) const noexcept;
+  // The type that the next page requantised for a device will have; none: there is no such page.
+  std::optional<KvType> next_type(int device, int64_t n_then) const noexcept;
   // Bytes of pages on a device that may move.
   int64_t movable_bytes(int device, int64_t n_then) const noexcept;
   // The most tokens to truncate to so that `bytes` become free on a device; 0: even none is not
@@ -103,47 +111,79 @@ class KvPages {
   // The most tokens that fit `available` bytes beyond what is held, over some devices together,
   // when the session grows token by token and climbs no ladder; at most max_tokens.
   int64_t tokens_within(std::span<const int> devices, int64_t available) const noexcept;
-  // Pages below have left the device, but for those of the first window.
-  int64_t moved_end(int device) const noexcept {
-    return devices_[static_cast<size_t>(device)].host_end;
-  }
-  bool has_host_tier(int device) const noexcept {
-    return devices_[static_cast<size_t>(device)].has_host_tier();
-  }
+  // Bytes on a device that could move, or be saved by rewriting in `type`, if n_tokens were written
+  // and mapped.
+  int64_t movable_bytes_at(int device, int64_t n_tokens) const noexcept;
+  int64_t rewriting_saves_at(int device, int64_t n_tokens, KvType type) const noexcept;
+  bool has_host_tier(int device) const noexcept;
 
   // ---- wherever a page is ----
-  // Bytes [offset, offset + bytes) of a page as it would be on the device, inside one layer slot.
-  Status read(int device, int64_t page, int64_t offset, std::byte* out, int64_t bytes) const;
+  // Bytes [offset, offset + bytes) of a page of a home's layers as it would be on a device, inside
+  // one layer slot.
+  Status read(int home, int64_t page, int64_t offset, std::byte* out, int64_t bytes) const;
+  // The device on which a page lies, or would if it were resident.
+  int holder(int home, int64_t page) const noexcept {
+    return part_of(devices_[static_cast<size_t>(home)], page).device;
+  }
 
-  // ---- for attention: kv_stream.cc ----
-  // As nn::RowSourceOf.
-  KvRows piece(int device, int64_t layer_slot, const OpContext& op, int64_t first_row,
-               int64_t end_row) noexcept;
+  // ---- for attention, as nn::RowSourceOf: kv_stream.cc ----
+  nn::RowPiece piece(int home, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                     int64_t end_row, nn::Where where) noexcept;
+  KvRows room(int home, int64_t layer_slot, const OpContext& op, int64_t first_row,
+              int64_t end_row) noexcept;
+  void written(int home, int64_t layer_slot, const OpContext& op, const KvRows& rows) noexcept;
   void begin_pass() noexcept { stream_status_ = Status(); }
   Status stream_status() const noexcept { return stream_status_.clone(); }
 
  private:
-  struct Device {
-    int index = 0;
+  // A run of a home's pages on one device.
+  struct Part {
+    int device = 0;
     Backend* backend = nullptr;
+    int64_t first_page = 0, end_page = 0;
+    int64_t begin = 0;  // pages before are in the first window and stay
     MemoryRange pages;
-    MemoryRange host_pages;  // reserved where the host tier is another memory
-    MemoryRange staging;
-    int64_t n_layers = 0, first_layer = 0;  // the latter in the file
-    int64_t slot_bytes = 0;                 // from page to page: the largest page in whole commits
-    int64_t host_slot_bytes = 0;            // the same on the host
-    KvPage* table = nullptr;                // [max_pages]
-    KvPage* view = nullptr;  // [max_pages]: what attention sees of a piece of moved pages
+    MemoryRange host_pages;       // reserved where the host tier is another memory
+    int64_t slot_bytes = 0;       // from page to page: the largest page in whole commits
+    int64_t host_slot_bytes = 0;  // the same on the host
     int64_t file_end = 0, host_end = 0;
     bool has_host_tier() const noexcept { return host_pages.reserved_bytes() > 0; }
+    bool is_moved(int64_t page) const noexcept { return page >= begin && page < host_end; }
+  };
+  struct Device {  // as a home
+    int index = 0;
+    Backend* backend = nullptr;
+    MemoryRange staging;
+    int64_t n_layers = 0, first_layer = 0;  // the latter in the file
+    KvPage* table = nullptr;                // [max_pages]
+    KvPage* view = nullptr;  // [max_pages]: what attention sees of a piece in the staging buffer
+    std::vector<Part> parts;
   };
 
+  static const Part& part_of(const Device& device, int64_t page) noexcept;
+  static Part& part_of(Device& device, int64_t page) noexcept {
+    return const_cast<Part&>(part_of(std::as_const(device), page));
+  }
+  // Calls visit(home, part) for the parts that lie on a device.
+  template <class Visit>
+  void each_part(int device, Visit&& visit) const {
+    for (const Device& home : devices_)
+      for (const Part& part : home.parts)
+        if (part.device == device) visit(home, part);
+  }
+  // The part on a device with the oldest page that may move; null: there is none.
+  std::pair<Device*, Part*> oldest_movable(int device, int64_t n_then) noexcept;
   bool has_tier(KvTier tier) const noexcept;
-  int64_t page_bytes(const Device&, KvType) const noexcept;
+  int64_t page_bytes(const Device&, const Part&, KvType) const noexcept;
   int64_t host_page_bytes(const Device&, KvType) const noexcept;
+  // Bytes of page number `page` on a device if it were of `type`.
+  int64_t page_bytes_on(int device, int64_t page, KvType type) const noexcept;
   int64_t first_moved() const noexcept { return options_.policy.first_cold_page(); }
-  std::byte* host_page(const Device& d, int64_t page) const noexcept {
-    return d.host_pages.data(page * d.host_slot_bytes);
+  static int64_t place(const Part& part, int64_t page) noexcept {
+    return (page - part.first_page) * part.slot_bytes;
+  }
+  static int64_t host_place(const Part& part, int64_t page) noexcept {
+    return (page - part.first_page) * part.host_slot_bytes;
   }
   int64_t file_offset(const Device&, int64_t layer_slot, int64_t page) const noexcept;
 
@@ -156,22 +196,25 @@ class KvPages {
   Status bring_back(Device&, int64_t page);
   Status make_writable();
   int64_t movable(int64_t n_then) const noexcept {
-    return movable_end(options_.policy, n_tokens_, n_then);
+    return std::min(movable_end(options_.policy, n_tokens_, n_then), n_pages_);
   }
-  int64_t first_resident() const noexcept;  // on all devices, beyond the first window
+  bool is_resident(int64_t page) const noexcept;  // of all homes
   // The spill file; on simulated devices nothing is in it and nothing is moved.
   Status open_file();
   Status file_write(int64_t offset, const std::byte* data, int64_t bytes) const noexcept;
   Status file_read(int64_t offset, std::byte* out, int64_t bytes) const noexcept;
-  Status device_to_host(Device&, int64_t page);
-  Status device_to_file(Device&, int64_t page);
-  Status host_to_file(Device&, int64_t page);
+  Status device_to_host(Device&, Part&, int64_t page);
+  Status device_to_file(Device&, Part&, int64_t page);
+  Status host_to_file(Device&, Part&, int64_t page);
   // Layer by layer between the file and a device, through the bounce buffer where it must.
-  Status write_layer(Device&, int64_t slot, int64_t page, const std::byte* device_data,
-                     int64_t bytes);
-  Status read_layer(Device&, int64_t slot, int64_t page, std::byte* device_data, int64_t bytes);
-  bool stream_in(Device&, int64_t layer_slot, int64_t first_page, int64_t end_page);
-  void read_ahead(const Device&, int64_t layer_slot, int64_t first_page, int64_t end_page) noexcept;
+  Status write_layer(const Device&, const Part&, int64_t slot, int64_t page,
+                     const std::byte* device_data, int64_t bytes);
+  Status read_layer(const Device&, Backend& to, int64_t slot, int64_t page, std::byte* device_data,
+                    int64_t bytes);
+  Status stream_in(Device&, const Part&, int64_t layer_slot, int64_t first_page, int64_t end_page);
+  void read_ahead(const Device&, const Part&, int64_t layer_slot, int64_t first_page,
+                  int64_t end_page) noexcept;
+  KvRows failed(Status status) noexcept;  // no rows, and stream_status() says why
 
   std::shared_ptr<EngineState> engine_;  // outlives the ranges below
   KVCacheOptions options_;

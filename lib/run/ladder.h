@@ -19,6 +19,9 @@ inline bool ladder_has(const Config& config, LadderStep step) noexcept {
          config.kv_ladder.end();
 }
 
+// Types that requantise goes through, in this order, as far as kv.ladder_type.
+inline constexpr KvType kRungs[] = {KvType::kF8, KvType::kQ8_0, KvType::kQ4_0};
+
 // Where the steps of a configuration's ladder lead.
 struct LadderReach {
   bool host = false;  // devices that are not the host
@@ -62,14 +65,17 @@ inline int64_t movable_end(const KvPolicy& policy, int64_t n_written, int64_t n_
 // The fewest bytes that the ladder can bring a session's pages on a device to on the way to
 // n_tokens in passes of `chunk` tokens, however they are cut: pages that may not move, and the
 // movable ones with `movable_page_bytes` each: 0 where they can leave the device, else those of the
-// smallest type.
+// smallest type.  Of pages [first_page, end_page) where others lie elsewhere.
 inline int64_t floor_bytes(const KvPolicy& policy, int64_t n_tokens, int64_t chunk,
                            int64_t movable_page_bytes, int64_t cold_page_bytes,
-                           int64_t hot_page_bytes) noexcept {
-  const int64_t at = policy.last_page_begun(n_tokens);
-  const int64_t end = movable_end(policy, std::max<int64_t>(at - chunk, 0), at);
-  const int64_t movable = end - std::min(policy.first_cold_page(), end);
-  return policy.bytes(at, cold_page_bytes, hot_page_bytes) -
+                           int64_t hot_page_bytes, int64_t first_page = 0,
+                           int64_t end_page = INT64_MAX) noexcept {
+  const int64_t at = policy.last_page_begun(n_tokens, end_page);
+  const int64_t written = std::max<int64_t>(at - chunk, 0);
+  const int64_t end = std::min(movable_end(policy, written, at), end_page);
+  const int64_t movable =
+      std::max<int64_t>(end - std::max(policy.first_cold_page(), first_page), 0);
+  return policy.bytes(at, cold_page_bytes, hot_page_bytes, first_page, end_page) -
          movable * std::max<int64_t>(cold_page_bytes - movable_page_bytes, 0);
 }
 

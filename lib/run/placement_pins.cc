@@ -11,7 +11,8 @@ namespace fathom::run {
 namespace {
 
 constexpr std::string_view kLayersKey = "placement.layers", kExpertsKey = "placement.experts";
-constexpr std::string_view kAuto = "auto";
+constexpr std::string_view kKvKey = "placement.kv";
+constexpr std::string_view kAuto = "auto", kHome = "home";
 
 struct Range {
   int64_t first = 0, last = 0;
@@ -132,6 +133,41 @@ Status each_in(const Ranges& ranges, int64_t count, std::string_view what, const
   return {};
 }
 
+// "home=65536,cpu=*": names and numbers of tokens; kKvNoEnd for "*".
+Result<std::vector<std::pair<std::string_view, int64_t>>> read_kv_parts(std::string_view text) {
+  std::vector<std::pair<std::string_view, int64_t>> parts;
+  if (text == kAuto) return parts;
+  Status status;
+  each(text, ',', [&](std::string_view piece) {
+    const size_t equals = piece.find('=');
+    const std::string_view tokens =
+        equals == std::string_view::npos ? std::string_view() : piece.substr(equals + 1);
+    int64_t n = kKvNoEnd;
+    constexpr int64_t kMost = int64_t{1} << 31;  // beyond every context.max
+    if (equals == 0 || (tokens != "*" && (!read_number(tokens, n) || n == 0 || n > kMost)))
+      status = bad(piece, "must be device=tokens, or device=* at the end");
+    else if (!parts.empty() && parts.back().second == kKvNoEnd)
+      status = bad(piece, "stands behind a part with *, which takes all that follows");
+    else
+      parts.emplace_back(piece.substr(0, equals), n);
+    return status.ok();
+  });
+  if (!status.ok()) return status;
+  return parts;
+}
+
+Status read_kv(const Config& config, const std::vector<std::string>& names, PlacementPins& pins) {
+  FATHOM_TRY_ASSIGN(const auto parts, read_kv_parts(config.placement_kv));
+  for (const auto& [name, n_rows] : parts) {
+    int device = -1;
+    if (name != kHome) {
+      FATHOM_TRY_ASSIGN(device, find_device(name, kKvKey, names));
+    }
+    pins.kv.push_back({device, n_rows});
+  }
+  return {};
+}
+
 Status twice(std::string_view key, const Part& part, std::string_view what) {
   return Status(Code::kConfig,
                 fmt::format("{}: {}: {} is pinned to another device too", key, shown(part.text), what))
@@ -196,6 +232,10 @@ Status check_pins(std::string_view text, bool with_experts) {
   return read_parts(text, with_experts).status();
 }
 
+Status check_kv_pins(std::string_view text) {
+  return read_kv_parts(text).status();
+}
+
 Result<PlacementPins> read_pins(const Config& config, const ModelConfig& model,
                                 const std::vector<std::string>& devices) {
   PlacementPins pins;
@@ -207,6 +247,7 @@ Result<PlacementPins> read_pins(const Config& config, const ModelConfig& model,
       pins.experts[l].assign(static_cast<size_t>(model.n_routed_experts), -1);
   FATHOM_TRY(read_layers(config, devices, pins));
   FATHOM_TRY(read_experts(config, model, devices, pins));
+  FATHOM_TRY(read_kv(config, devices, pins));
   if (config.placement_embed != kAuto) {
     FATHOM_TRY_ASSIGN(pins.embed_device,
                       find_device(config.placement_embed, "placement.embed", devices));

@@ -104,6 +104,25 @@ class Builder {
     }
   }
 
+  // Cache bytes of one layer and session that placement.kv puts on a device; -1: on the layer's own,
+  // with all that it does not name.
+  int64_t pinned_kv_bytes(const KvLayout& kv, int device) const {
+    const Plan& plan = in_.plan;
+    int64_t bytes = 0, page = 0;
+    const auto add = [&](int where, int64_t end) {
+      if (where == device)
+        bytes += plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context, end),
+                                      kv.page_bytes(plan.kv_type, 1),
+                                      kv.page_bytes(plan.kv_policy.hot_type, 1), page, end);
+      page = end;
+    };
+    for (const PlacementPins::Rows& pin : in_.pins.kv)
+      add(pin.device,
+          pin.n_rows == kKvNoEnd ? kKvNoEnd : page + pin.n_rows / plan.kv_page_tokens);
+    if (page != kKvNoEnd) add(-1, kKvNoEnd);
+    return bytes;
+  }
+
   Status device(int d) {
     const auto i = static_cast<size_t>(d);
     const Backend& backend = *in_.engine.devices[i];
@@ -122,6 +141,12 @@ class Builder {
       if (!backend.host_accessible() || p_.n_devices > 2)
         fixed += sessions * residual_bytes(c_, in_.chunk);
     }
+    const KvLayout kv{plan.kv_page_tokens, c_.kv_lora_rank, c_.qk_rope_head_dim};
+    if (const int64_t rows = pinned_kv_bytes(kv, d); rows > 0) {  // whatever holds their layers
+      Arena arena;
+      nn::Scratch::carve(arena, c_, in_.chunk, {.rows = true});
+      fixed += sessions * (c_.num_hidden_layers * rows + arena.peak_bytes());
+    }
     // A device that cannot hold even that (it was lost, say) holds nothing of the model.
     p_.budget.push_back(host ? in_.available[i] - fixed
                              : std::max<int64_t>(in_.available[i] - fixed, 0));
@@ -138,7 +163,6 @@ class Builder {
       nn::Scratch::carve(arena, c_, in_.chunk, roles);
       return arena.peak_bytes();
     };
-    const KvLayout kv{plan.kv_page_tokens, c_.kv_lora_rank, c_.qk_rope_head_dim};
     const int64_t pages = plan.kv_policy.pages_for(in_.context);
     p_.layers_scratch.push_back(
         sessions * (carved(nn::DeviceRoles::all()) + workspace + pages * (granularity - 1)));
@@ -147,10 +171,7 @@ class Builder {
 
     p_.embed_bytes.push_back(stored_bytes(w.embed));
     p_.head_bytes.push_back(c_.tie_word_embeddings ? stored_bytes(w.embed) : stored_bytes(w.head));
-    const int64_t kv_bytes =
-        sessions * plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context),
-                                        kv.page_bytes(plan.kv_type, 1),
-                                        kv.page_bytes(plan.kv_policy.hot_type, 1));
+    const int64_t kv_bytes = sessions * pinned_kv_bytes(kv, -1);
     for (size_t l = 0; l < w.layers.size(); ++l) {
       const nn::LayerWeights& layer = w.layers[l];
       p_.own_bytes[l][i] = own_weight_bytes(c_, layer) + kv_bytes;

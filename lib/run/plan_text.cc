@@ -34,6 +34,7 @@ std::string purposes_json(const PlanDevice& device, int phase) {
 std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
   switch (purpose) {
     case Purpose::kKv:
+      if (device.n_layers == 0) return "pages of layers that live on other devices";
       return fmt::format("{} tokens, {} latent {} + rope {}, {} layers, pages of {} tokens",
                          grouped(plan.max_context), kv_type_name(plan.kv_type),
                          plan.model.kv_lora_rank, plan.model.qk_rope_head_dim, device.n_layers,
@@ -106,8 +107,13 @@ std::string placement_json(const Plan& plan) {
                         list.empty() ? "" : ",\n", l, end - 1, name(layers[l].device), experts);
     l = end;
   }
-  return fmt::format("{{\"embed\": {}, \"head\": {}, \"layers\": [\n{}\n  ]}}",
-                     name(plan.placement.embed_device), name(plan.placement.head_device), list);
+  std::string kv;
+  for (const KvSpan& span : plan.placement.kv)
+    kv += fmt::format("{}{{\"home\": {}, \"device\": {}, \"rows\": [{}, {}]}}",
+                      kv.empty() ? "" : ", ", name(span.home), name(span.device), span.first_row,
+                      std::min(span.end_row, plan.max_context));
+  return fmt::format("{{\"embed\": {}, \"head\": {}, \"kv\": [{}], \"layers\": [\n{}\n  ]}}",
+                     name(plan.placement.embed_device), name(plan.placement.head_device), kv, list);
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "../nn/transfer.h"
 #include "expert_cache.h"
 #include "kv_pages.h"
+#include "kv_parts.h"
 #include "ladder.h"
 #include "placement_problem.h"
 #include "predict.h"
@@ -269,6 +270,7 @@ Status Planner::place(const Config& config, Wanted wanted, Plan& plan) const {
     names.push_back(plan.devices[static_cast<size_t>(d)].name);
   FATHOM_TRY_ASSIGN(const PlacementPins pins, read_pins(config, plan.model, names));
   FATHOM_TRY(place_model(config, pins, wanted, plan));
+  FATHOM_TRY(pin_cache(pins, plan));
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
     PlanDevice& device = plan.devices[static_cast<size_t>(d)];
     device.n_layers = plan.placement.layers_on(d);
@@ -409,15 +411,17 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
   plan.max_context = n_tokens;
   bool all_host = true;
   for (const auto& device : engine_->devices) all_host &= device->host_accessible();
+  const bool spread = !plan.placement.kv.empty();
   const TierBytes tiers =
-      tier_bytes(plan.config.kv_tiers, plan.kv_policy, layout_of(plan), all_host);
+      tier_bytes(plan.config.kv_tiers, spread, plan.kv_policy, layout_of(plan), all_host);
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
     int64_t runtime = engine_->devices[d]->runtime_bytes() + device.copy_runtime_bytes;
     if (static_cast<int>(d) == engine_->host_device) {
       device.session_runtime_bytes = session_runtime_bytes(
           n_tokens, plan.kv_page_tokens,
-          static_cast<int64_t>(plan.devices.size()) * tables_per_device(plan.config.kv_tiers),
+          static_cast<int64_t>(plan.devices.size()) *
+              tables_per_device(plan.config.kv_tiers, spread),
           device.granularity);
       runtime += plan.config.sessions_max * device.session_runtime_bytes;
     }
@@ -446,23 +450,25 @@ void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
   };
   const Config& config = plan.config;
   const LadderReach reach = ladder_reach(config);
+  const std::vector<KvPart> parts = kv_parts(plan);
   std::vector<int64_t> full(plan.devices.size()), floor(plan.devices.size());
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
     device.kv_moved_bytes = 0;
     full[d] = config.sessions_max * plan.kv_bytes(static_cast<int>(d), n_tokens);
     const bool leaves = reach.file || (reach.host && device.kind != DeviceKind::kCpu);
-    const int64_t smallest =
-        leaves ? 0
-        : reach.floor_type
-            ? committed_bytes(layout_of(plan).page_bytes(*reach.floor_type, device.n_layers),
-                              device.granularity)
-            : device.kv_page_bytes;
-    floor[d] = plan.by_ladder
-                   ? config.sessions_max * floor_bytes(plan.kv_policy, n_tokens, plan.prefill_chunk,
-                                                       smallest, device.kv_page_bytes,
-                                                       device.kv_hot_page_bytes)
-                   : full[d];
+    floor[d] = full[d];
+    if (plan.by_ladder) floor[d] = 0;
+    for (const KvPart& part : parts) {
+      if (!plan.by_ladder || part.device != static_cast<int>(d)) continue;
+      const int64_t page = run::kv_page_bytes(plan, part, plan.kv_type);
+      const int64_t smallest =
+          leaves ? 0 : reach.floor_type ? run::kv_page_bytes(plan, part, *reach.floor_type) : page;
+      floor[d] += config.sessions_max *
+                  floor_bytes(plan.kv_policy, n_tokens, plan.prefill_chunk, smallest, page,
+                              run::kv_page_bytes(plan, part, plan.kv_policy.hot_type),
+                              part.first_page, part.end_page);
+    }
     set(d, floor[d]);
   }
   if (!plan.by_ladder) return;
@@ -591,6 +597,14 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
                                                    return device.kind != DeviceKind::kCpu;
                                                  }));
   int64_t context = choose_chunk(plan, map, limit, wanted, ladder ? kShortestBeforeLadder : 1);
+  // Before the ladder is climbed, other devices' room is used.
+  if (context < wanted && plan.devices.size() > 1 && config.placement_kv == "auto") {
+    Plan spread = plan;
+    if (spread_cache(spread, map, wanted, default_chunk(config, limit))) {
+      plan = std::move(spread);
+      context = longest_context(plan, limit);
+    }
+  }
   plan.max_context_resident = context;
   if (ladder && context < limit) {
     const Plan without = plan;
@@ -606,6 +620,7 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
   plan.feasible = config.context_max ? context >= limit : context > 0;
   set_context(plan, config.context_max.value_or(plan.feasible ? context : 1));
   if (!plan.feasible) name_what_binds(plan);
+  tell_cache(plan);
   if (plan.feasible && plan.by_ladder) tell_ladder(plan);
 
   if (!config.prefill_chunk)

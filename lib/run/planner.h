@@ -74,6 +74,13 @@ class Planner {
   Status place(const Config& config, Wanted wanted, Plan& plan) const;
   Status place_model(const Config& config, const PlacementPins& pins, Wanted wanted,
                      Plan& plan) const;
+  // planner_kv.cc: spans of placement.kv as pinned; or so that n_tokens fit, with the longest chunk
+  // that leaves room - false where there is none; a line for each.
+  Status pin_cache(const PlacementPins& pins, Plan& plan) const;
+  bool spread_cache(Plan& plan, const nn::WeightMap& map, int64_t n_tokens,
+                    int64_t longest_chunk) const;
+  bool share_rows(Plan& plan, int64_t n_tokens) const;
+  void tell_cache(Plan& plan) const;
   void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;
   // The longest context, at most `limit`, with a chunk that leaves room for it.
   int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,

@@ -3,16 +3,23 @@
 #include <algorithm>
 
 #include "../nn/forward.h"
+#include "../nn/transfer.h"
+#include "kv_parts.h"
 #include "simulated_backend.h"
 
 namespace fathom::run {
 namespace {
 
-// Rows of one type, all resident, at no address.
+// Rows of one type, all resident, at no address; those on other devices than their layers cost the
+// copies that KvPages makes.
 class PredictedRows final : public nn::RowSourceOf {
  public:
-  PredictedRows(const Plan& plan, int64_t n_rows)
-      : layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim} {
+  PredictedRows(const Plan& plan, int64_t n_rows, std::span<const nn::Stage> stages,
+                std::byte* staging)
+      : layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
+        parts_(kv_parts(plan)),
+        stages_(stages),
+        staging_(staging) {
     const KvPolicy& policy = plan.kv_policy;
     const int64_t first = policy.first_cold_page(), end = policy.cold_end(n_rows);
     for (int64_t page = 0; page < policy.pages_for(n_rows); ++page)
@@ -21,10 +28,62 @@ class PredictedRows final : public nn::RowSourceOf {
   KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return {pages_.data(), layout_, layer_slot, 0, n_rows};
   }
+  nn::RowPiece piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                     int64_t end_row, nn::Where where) const noexcept override {
+    const KvPart& part = part_of(stage, first_row);
+    end_row = std::min(end_row, end_of(part));
+    const KvRows piece = RowSourceOf::room(stage, layer_slot, op, first_row, end_row);
+    if (where == nn::Where::kAnywhere) return {piece, part.device};
+    copy(part.device, stage, first_row, end_row);
+    return {piece, stage};
+  }
+  KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+              int64_t end_row) const noexcept override {
+    return RowSourceOf::room(stage, layer_slot, op, first_row,
+                             std::min(end_row, end_of(part_of(stage, first_row))));
+  }
+  void written(int stage, int64_t, const OpContext&, const KvRows& rows) const noexcept override {
+    copy(stage, part_of(stage, rows.first_row).device, rows.first_row,
+         rows.first_row + rows.n_rows);
+  }
 
  private:
+  const KvPart& part_of(int home, int64_t row) const noexcept {
+    return *std::find_if(parts_.begin(), parts_.end(), [&](const KvPart& part) {
+      return part.home == home && row / layout_.page_tokens < part.end_page;
+    });
+  }
+  int64_t end_of(const KvPart& part) const noexcept {
+    return part.end_page < static_cast<int64_t>(pages_.size())
+               ? part.end_page * layout_.page_tokens
+               : static_cast<int64_t>(pages_.size()) * layout_.page_tokens;
+  }
+  // Page by page, a part of one by its planes.
+  void copy(int from, int to, int64_t first_row, int64_t end_row) const noexcept {
+    if (from == to) return;
+    const nn::Stage &a = stages_[static_cast<size_t>(from)], &b = stages_[static_cast<size_t>(to)];
+    (void)a.device->sync(a.op);
+    for (int64_t row = first_row; row < end_row;) {
+      const int64_t end = std::min(end_row, (row / layout_.page_tokens + 1) * layout_.page_tokens);
+      const KvType type = pages_[static_cast<size_t>(row / layout_.page_tokens)].type;
+      const auto transfer = [&](int64_t bytes) {
+        (void)nn::transfer(*a.device, a.scratch.q, *b.device, b.scratch.q, bytes, staging_);
+      };
+      if (end - row == layout_.page_tokens) {
+        transfer(layout_.layer_bytes(type));
+      } else {
+        transfer((end - row) * layout_.latent_row_bytes(type));
+        transfer((end - row) * layout_.rope_row_bytes(type));
+      }
+      row = end;
+    }
+  }
+
   KvLayout layout_;
   std::vector<KvPage> pages_;
+  std::vector<KvPart> parts_;
+  std::span<const nn::Stage> stages_;
+  std::byte* staging_;
 };
 
 struct Pass {
@@ -63,7 +122,7 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     }
   }
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
-  const PredictedRows rows(plan, pass.first_position + pass.n_tokens);
+  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, staging);
   const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
   const nn::ForwardParams params{.config = plan.model,
                                  .rope = rope,

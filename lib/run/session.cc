@@ -167,7 +167,8 @@ Result<Session> Session::create(const Model& model, const SessionOptions& option
         .tiers = plan.config.kv_tiers,
         .spill_folder = plan.config.kv_spill_folder,
         .spill_to_memory = plan.config.kv_spill_tmpfs == SpillTmpfs::kAllow,
-        .floor_type = run::ladder_reach(plan.config).floor_type};
+        .floor_type = run::ladder_reach(plan.config).floor_type,
+        .spans = plan.placement.kv};
     for (const PlanDevice& device : plan.devices)
       cache_options.layers_on_device.push_back(device.n_layers);
     FATHOM_TRY_ASSIGN(KVCache cache, KVCache::create(model.engine().state(), cache_options));

@@ -79,7 +79,9 @@ Status read_rows(SessionState& s, SessionSource& source, int64_t page, int64_t f
       s, header.type, first_row, header.n_rows,
       [&](int d, int64_t to, int64_t offset, int64_t bytes) {
         auto* data = static_cast<std::byte*>(s.cache.rows(d, 0, 0, 0).pages[to].data);
-        return source.take(*s.stages[static_cast<size_t>(d)].device, data + offset, bytes, "page");
+        const int holder = s.cache.pages().holder(d, to);
+        return source.take(*s.stages[static_cast<size_t>(holder)].device, data + offset, bytes,
+                           "page");
       }));
   s.cache.commit_rows(first_row + header.n_rows);  // whole pages may be moved now
   return {};

@@ -51,7 +51,8 @@ bool SessionState::chunks_overlap(const RunOptions& options) const {
   // while a pass runs: both want one chunk at a time.
   const bool plain = plan.kv_policy.recent_tokens == 0 && plan.kv_policy.first_tokens == 0 &&
                      plan.config.kv_tiers.size() == 1;
-  if (!plain || options.on_logits || trace != nullptr || plan.devices.size() < 2) return false;
+  // Rows on other devices use these devices' buffers.
+  if (!plain || !plan.placement.kv.empty() || options.on_logits || trace != nullptr || plan.devices.size() < 2) return false;
   const std::vector<Run> runs = runs_of(plan.placement);
   return runs.size() > 1 && separate(plan.placement, runs);
 }

@@ -90,9 +90,17 @@ class SessionState final : public nn::RowSourceOf {
   KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return cache.rows(stage, layer_slot, 0, n_rows);
   }
-  KvRows piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
-               int64_t end_row) const noexcept override {
-    return pages_.piece(stage, layer_slot, op, first_row, end_row);
+  nn::RowPiece piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+                     int64_t end_row, nn::Where where) const noexcept override {
+    return pages_.piece(stage, layer_slot, op, first_row, end_row, where);
+  }
+  KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
+              int64_t end_row) const noexcept override {
+    return pages_.room(stage, layer_slot, op, first_row, end_row);
+  }
+  void written(int stage, int64_t layer_slot, const OpContext& op,
+               const KvRows& rows) const noexcept override {
+    pages_.written(stage, layer_slot, op, rows);
   }
   Status status() const noexcept override { return pages_.stream_status(); }
 

@@ -1,0 +1,416 @@
+// The cache of a layer on several devices (placement.kv): same bits wherever the rows lie, through
+// prefill, decode, truncation, saving, the ladder and batches; bytes as planned; refusals.
+#include <catch2/catch.hpp>
+
+#include <algorithm>
+#include <cstdio>
+
+#include "lib/run/engine_state.h"
+#include "support/golden.h"
+#include "support/loaded_model.h"
+
+namespace fathom {
+namespace {
+
+std::vector<int32_t> some_tokens(int64_t n, int64_t vocab, int64_t seed = 0) {
+  std::vector<int32_t> tokens(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i)
+    tokens[static_cast<size_t>(i)] = static_cast<int32_t>((i + seed) * 7919 % vocab);
+  return tokens;
+}
+
+test::Settings with(test::Settings settings, const test::Settings& more) {
+  settings.insert(settings.end(), more.begin(), more.end());
+  return settings;
+}
+
+void keep(std::vector<float>& all, const Session& session) {
+  all.insert(all.end(), session.logits().begin(), session.logits().end());
+}
+
+// Logits after a prompt in chunks and one of another length, steps, truncation to the middle of a
+// page, and steps again; `n` tokens at most.
+std::vector<float> run(const Model& model, int64_t n) {
+  const auto tokens = some_tokens(n - 10, model.config().vocab_size);
+  Session session = test::new_session(model);
+  std::vector<float> all;
+  test::require_ok(session.prefill(std::span(tokens).first(7)));
+  keep(all, session);
+  test::require_ok(session.prefill(std::span(tokens).subspan(7)));
+  keep(all, session);
+  for (int32_t token : {3, 1, 4, 1, 5}) {
+    test::require_ok(session.step(token));
+    keep(all, session);
+  }
+  test::require_ok(session.truncate(n / 2 + 3));
+  test::require_ok(session.step(9));
+  keep(all, session);
+  test::require_ok(session.prefill(std::span(tokens).first(50)));
+  keep(all, session);
+  return all;
+}
+
+void check_same(const std::vector<float>& expected, const std::vector<float>& got) {
+  const auto diff = test::first_bit_difference(expected, got);
+  CHECK(diff.index == -1);
+}
+
+// No device holds more than its plan says.
+void check_ledger(const Model& model) {
+  const Plan& plan = model.plan();
+  const MemorySnapshot now = model.engine().memory();
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    INFO(plan.devices[d].name);
+    CHECK(now.devices[d].bytes_peak <= plan.devices[d].peak_bytes());
+    CHECK(plan.devices[d].peak_bytes() <= plan.devices[d].budget_bytes);
+  }
+}
+
+const char* const kGoldenModels[] = {
+    "models/tiny-v2",
+    "models/tiny-v2-lite",
+    "models/tiny-v2-lite-sharded",
+    "models/tiny-v3",
+    "models/tiny-v3-fp8",
+    "gguf/tiny-v2.old.F16.gguf",
+    "gguf/tiny-v2.new.BF16.gguf",
+    "gguf/tiny-v2-lite.mid.F16.gguf",
+    "gguf/tiny-v3.new.BF16.gguf",
+    "quant/quant.Q8_0.gguf",
+    "quant/quant.Q4_K_M.gguf",
+};
+
+// The golden models have two or three layers.
+const test::Settings kSpreads[] = {
+    {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=*"}, {"placement.kv", "home=512,cpu:1=*"}},
+    // The oldest rows elsewhere; layers on both devices, each other's holder.
+    {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=0,cpu:1=*"}, {"placement.kv", "cpu:1=512,cpu:0=*"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2"},
+     {"placement.layers", "cpu:1=*"},
+     {"placement.experts", "cpu:2=*"},
+     {"placement.kv", "cpu:0=512,cpu:2=512,home=*"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2,cpu:3"},
+     {"placement.layers", "cpu:0=0,cpu:3=*"},
+     {"placement.kv", "cpu:1=512,home=512,cpu:2=*"}},
+};
+
+TEST_CASE("a cache spread over devices has the bits of one device", "[kv_spread]") {
+  for (const char* name : kGoldenModels) {
+    const std::string path = test::test_data(name);
+    // Of the larger form of attention too: 200 rows are above every golden model's crossover.
+    const test::Settings settings{
+        {"context.max", "1200"}, {"prefill.chunk", "200"}, {"threads", "1"}};
+    const std::vector<float> expected = run(test::load_model(path, settings), 1200);
+    for (const test::Settings& spread : kSpreads) {
+      INFO(name << " with placement.kv=" << spread.back().second);
+      const Model model = test::load_model(path, with(settings, spread));
+      CHECK_FALSE(model.plan().placement.kv.empty());
+      check_same(expected, run(model, 1200));
+      check_ledger(model);
+    }
+  }
+}
+
+TEST_CASE("a spread cache has the same bits in every form, type and page size", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings kinds[] = {
+      {{"prefill.chunk", "13"}},
+      {{"prefill.chunk", "64"}, {"attention.form", "absorbed"}},
+      {{"prefill.chunk", "64"}, {"attention.form", "expanded"}},
+      {{"prefill.chunk", "64"}, {"kv.type", "q8_0"}, {"kv.recent_16bit", "128"}},
+      {{"prefill.chunk", "64"}, {"kv.type", "q4_0"}, {"kv.first_16bit", "600"}},
+      {{"prefill.chunk", "64"}, {"kv.page_tokens", "16"}},
+      {{"prefill.chunk", "64"}, {"kv.page_tokens", "512"}},
+      {{"prefill.chunk", "200"}, {"numerics", "exact"}},
+  };
+  for (const test::Settings& kind : kinds) {
+    INFO(kind.back().first << "=" << kind.back().second);
+    const test::Settings settings = with({{"context.max", "1400"}, {"threads", "1"}}, kind);
+    check_same(run(test::load_model(path, settings), 1400),
+               run(test::load_model(path, with(settings, kSpreads[2])), 1400));
+  }
+}
+
+TEST_CASE("saved sessions go from one device to a spread cache and back", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{{"context.max", "1400"}, {"prefill.chunk", "64"}, {"threads", "1"}};
+  const Model models[] = {test::load_model(path, settings),
+                          test::load_model(path, with(settings, kSpreads[2])),
+                          test::load_model(path, with(settings, kSpreads[0]))};
+  const auto tokens = some_tokens(1290, models[0].config().vocab_size);
+  Session first = test::new_session(models[0]);
+  test::require_ok(first.prefill(tokens));
+  test::require_ok(first.step(5));
+  std::vector<float> expected;
+  keep(expected, first);
+
+  Session before = test::new_session(models[0]);
+  test::require_ok(before.prefill(tokens));
+  std::vector<std::byte> image;
+  const auto save = [&](const Session& session) {
+    image.clear();
+    test::require_ok(session.save_to([&](std::span<const std::byte> bytes) {
+      image.insert(image.end(), bytes.begin(), bytes.end());
+      return Status();
+    }));
+  };
+  const ReadFunction read = [&](int64_t offset, std::span<std::byte> out) {
+    std::copy_n(image.begin() + offset, out.size(), out.begin());
+    return Status();
+  };
+  save(before);
+  const std::vector<std::byte> original = image;
+  for (const int to : {1, 2, 0}) {
+    INFO("model " << to);
+    auto session =
+        Session::restore_from(models[to], read, static_cast<int64_t>(image.size()));
+    INFO(session.status().message());
+    REQUIRE(session.ok());
+    save(*session);
+    CHECK(image == original);
+    test::require_ok(session->step(5));
+    std::vector<float> got;
+    keep(got, *session);
+    check_same(expected, got);
+  }
+}
+
+TEST_CASE("sessions with spread caches step together", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{{"context.max", "1400"},
+                                {"prefill.chunk", "64"},
+                                {"threads", "1"},
+                                {"sessions.max", "3"}};
+  const auto step = [](const Model& model) {
+    std::vector<Session> sessions;
+    std::vector<Session*> batch;
+    std::vector<float> all;
+    for (const int64_t n : {40, 600, 1100}) {
+      sessions.push_back(test::new_session(model));
+      test::require_ok(sessions.back().prefill(some_tokens(n, model.config().vocab_size, n)));
+    }
+    for (Session& session : sessions) batch.push_back(&session);
+    for (int i = 0; i < 3; ++i) {
+      const int32_t tokens[] = {3, 1, 4};
+      test::require_ok(Session::step_batch(batch, tokens));
+      for (const Session& session : sessions) keep(all, session);
+    }
+    return all;
+  };
+  const std::vector<float> expected = step(test::load_model(path, settings));
+  for (const test::Settings& spread : kSpreads) {
+    const Model model = test::load_model(path, with(settings, spread));
+    check_same(expected, step(model));
+    check_ledger(model);
+  }
+}
+
+TEST_CASE("what one device cannot hold goes to others by itself, as planned", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{{"context.max", "6000"},
+                                {"prefill.chunk", "64"},
+                                {"threads", "1"},
+                                {"kv.ladder", "none"}};
+  const Model one = test::load_model(path, settings);
+  const int64_t kv = one.plan().devices[0].planned(Purpose::kKv);
+  const auto tokens = some_tokens(5990, one.config().vocab_size);
+  std::vector<float> expected = test::last_logits(one, tokens);
+
+  // All layers on the first device, whose budget ends far below its cache; uneven others.
+  const test::Settings several = with(settings, {{"devices", "cpu:0,cpu:1,cpu:2"},
+                                                 {"placement.layers", "cpu:0=*"},
+                                                 {"placement.experts", "cpu:0=*"},
+                                                 {"placement.embed", "cpu:0"},
+                                                 {"placement.head", "cpu:0"}});
+  const auto budgets = [&](int64_t a, int64_t b, int64_t c) {
+    return with(several, {{"budget.cpu:0", std::to_string(a)},
+                          {"budget.cpu:1", std::to_string(b)},
+                          {"budget.cpu:2", std::to_string(c)}});
+  };
+  const int64_t model_bytes = one.plan().devices[0].peak_bytes() - kv;
+  const int64_t scratch = int64_t{4} << 20;  // more than what holders need beside rows
+  const test::Settings fits =
+      budgets(model_bytes + kv * 2 / 10 + scratch, kv * 55 / 100 + scratch, kv * 4 / 10 + scratch);
+
+  int64_t most[3] = {0, 0, 0};
+  HostHooks hooks;
+  hooks.memory = [&](int device, Purpose, int64_t, int64_t total) {
+    most[device] = std::max(most[device], total);
+    return true;
+  };
+  auto engine = Engine::create(test::config_of(fits), hooks);
+  REQUIRE(engine.ok());
+  auto plan = engine->plan(path);
+  REQUIRE(plan.ok());
+  INFO(plan->describe());
+  REQUIRE(plan->feasible);
+  CHECK(plan->placement.kv.size() == 2);
+  CHECK(std::any_of(plan->remarks.begin(), plan->remarks.end(), [](const std::string& remark) {
+    return remark.find("which cannot hold them") != std::string::npos;
+  }));
+  auto model = Model::load(*engine, *plan);
+  REQUIRE(model.ok());
+  {
+    Session session = test::new_session(*model);
+    test::require_ok(session.prefill(tokens));
+    std::vector<float> got;
+    keep(got, session);
+    check_same(expected, got);
+    test::require_ok(session.reserve(6000));
+    // To the byte, purpose by purpose; under the budget at all times.
+    const MemorySnapshot now = engine->memory();
+    for (int d = 0; d < 3; ++d) {
+      const PlanDevice& device = plan->devices[static_cast<size_t>(d)];
+      INFO(device.name);
+      for (int p = 0; p < kPurposeCount; ++p) {
+        const auto purpose = static_cast<Purpose>(p);
+        INFO(purpose_name(purpose));
+        CHECK(now.item(d, purpose).bytes_now ==
+              device.bytes[static_cast<size_t>(Phase::kDecode)][static_cast<size_t>(p)]);
+      }
+      CHECK(device.planned(Purpose::kKv) > 0);
+      CHECK(most[d] <= device.budget_bytes);
+      CHECK(now.item(d, Purpose::kKv).bytes_now == plan->kv_bytes(d, 6000));
+    }
+    // The forecast ends at the first budget, and there it does.
+    CHECK(session.forecast().n_tokens_end == 6000);
+    test::require_ok(session.truncate(100));
+    CHECK(engine->memory().item(1, Purpose::kKv).bytes_now == 0);
+    CHECK(session.cache().size_bytes() == plan->kv_bytes(0, 100));
+  }
+
+  // Refused where the user wants it at home, and where there is no room anywhere.
+  const auto feasible = [&](const test::Settings& asked) {
+    auto other = Engine::create(test::config_of(asked));
+    REQUIRE(other.ok());
+    auto refused = other->plan(path);
+    REQUIRE(refused.ok());
+    return refused->feasible;
+  };
+  CHECK_FALSE(feasible(with(fits, {{"placement.kv", "home=*"}})));
+  CHECK_FALSE(feasible(
+      budgets(model_bytes + kv * 2 / 10 + scratch, kv * 4 / 10 + scratch, kv / 10 + scratch)));
+}
+
+TEST_CASE("the ladder is climbed on every device of a spread cache", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{
+      {"context.max", "6000"}, {"prefill.chunk", "64"}, {"threads", "1"}};
+  const Model one = test::load_model(path, with(settings, {{"kv.ladder", "none"}}));
+  const int64_t kv = one.plan().devices[0].planned(Purpose::kKv);
+  const int64_t model_bytes = one.plan().devices[0].peak_bytes() - kv;
+  const auto tokens = some_tokens(5900, one.config().vocab_size);
+  const auto text = [&](const Model& model) {
+    Session session = test::new_session(model);
+    std::vector<float> all;
+    test::require_ok(session.prefill(tokens));
+    keep(all, session);
+    test::require_ok(session.step(7));
+    keep(all, session);
+    test::require_ok(session.truncate(900));  // where rows lie in the file
+    test::require_ok(session.step(7));
+    keep(all, session);
+    if (session.events().empty()) all.clear();  // it had room for everything
+    return all;
+  };
+  Session session = test::new_session(one);
+  std::vector<float> expected;
+  test::require_ok(session.prefill(tokens));
+  keep(expected, session);
+  test::require_ok(session.step(7));
+  keep(expected, session);
+  test::require_ok(session.truncate(900));
+  test::require_ok(session.step(7));
+  keep(expected, session);
+
+  const test::Settings spread = with(
+      settings, {{"devices", "cpu:0,cpu:1,cpu:2"},
+                 {"placement.layers", "cpu:0=*"},
+                 {"placement.experts", "cpu:0=*"},
+                 {"placement.embed", "cpu:0"},
+                 {"placement.head", "cpu:0"},
+                 {"kv.tiers", "device,file"},
+                 {"placement.kv", "home=1536,cpu:1=2048,cpu:2=*"},
+                 {"budget.cpu:0", std::to_string(model_bytes + kv / 8 + (int64_t{4} << 20))},
+                 {"budget.cpu:1", std::to_string(kv / 8 + (int64_t{4} << 20))},
+                 {"budget.cpu:2", std::to_string(kv / 8 + (int64_t{4} << 20))}});
+  const Model by_file = test::load_model(path, spread);
+  CHECK(by_file.plan().by_ladder);
+  check_same(expected, text(by_file));
+  check_ledger(by_file);
+
+  // Rewritten pages have other bits, and the text goes on.
+  const Model smaller = test::load_model(
+      path, with(spread, {{"kv.tiers", "device"},
+                          {"kv.ladder", "requantise"},
+                          {"kv.ladder_type", "q4_0"},
+                          {"budget.cpu:1", std::to_string(kv * 2 / 10 + (int64_t{4} << 20))},
+                          {"budget.cpu:2", std::to_string(kv * 3 / 10 + (int64_t{4} << 20))}}));
+  Session squeezed = test::new_session(smaller);
+  test::require_ok(squeezed.prefill(tokens));
+  check_ledger(smaller);
+}
+
+TEST_CASE("placement.kv is refused by name", "[kv_spread]") {
+  auto engine = Engine::create(test::config_of({{"devices", "cpu:0,cpu:1"}}));
+  REQUIRE(engine.ok());
+  const struct {
+    const char *value, *says;
+  } cases[] = {
+      {"cpu:0", "must be device=tokens"},         {"cpu:0=-5", "must be device=tokens"},
+      {"cpu:0=0", "must be device=tokens"},       {"=512", "must be device=tokens"},
+      {"home=*,cpu:1=512", "stands behind"},      {"home=512,cpu:7=*", "has no device"},
+      {"home=500,cpu:1=*", "no multiple of 512"}, {"home=512,cpu:1=99999999999", "device=tokens"},
+  };
+  for (const auto& c : cases) {
+    Config config = test::config_of({{"devices", "cpu:0,cpu:1"}});
+    Status status = config.set("placement.kv", c.value);
+    if (status.ok())
+      status = engine->plan(test::test_data("models/tiny-v3"), config).status().clone();
+    INFO(c.value << ": " << status.message());
+    CHECK(status.code() == Code::kConfig);
+    CHECK(status.key() == "placement.kv");
+    CHECK(status.message().find(c.says) != std::string_view::npos);
+  }
+}
+
+TEST_CASE("a simulated card gives its cache to another one", "[kv_spread][simulation]") {
+  // 150,000 tokens of V2-Lite in 16 bits are 4.3 GiB; all layers are pinned to a card with 3 left.
+  auto machine = MachineDescription::parse(
+      R"({"devices": [{"name": "cpu", "bytes": "64G"},
+                      {"name": "cuda:0", "kind": "cuda", "bytes": "24G"},
+                      {"name": "cuda:1", "kind": "cuda", "bytes": "8G"}]})");
+  REQUIRE(machine.ok());
+  const Config config = test::config_of({{"weights.type", "q8_0"},
+                                         {"context.max", "150000"},
+                                         {"placement.layers", "cuda:0=*"},
+                                         {"placement.experts", "cuda:0=*"},
+                                         {"budget.cuda:0", "19G"}});
+  auto engine = Engine::simulate(*machine, config);
+  REQUIRE(engine.ok());
+  auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2-lite.json");
+  REQUIRE(plan.ok());
+  INFO(plan->describe());
+  REQUIRE(plan->feasible);
+  REQUIRE_FALSE(plan->placement.kv.empty());
+  auto model = Model::load(*engine, *plan);
+  INFO(model.status().message());
+  REQUIRE(model.ok());
+  Session session = test::new_session(*model);
+  test::require_ok(session.prefill(some_tokens(149000, model->config().vocab_size)));
+  const double before = engine->seconds(), guest = engine->busy_seconds(2);
+  test::require_ok(session.step(1));
+  CHECK(engine->busy_seconds(2) > guest);  // attention was there
+  CHECK(engine->seconds() - before == Approx(1 / plan->speed.decode_last).epsilon(0.05));
+  test::require_ok(session.reserve(150000));
+  const MemorySnapshot now = engine->memory();
+  for (int d = 0; d < 3; ++d) {
+    const DeviceMemory& memory = now.devices[static_cast<size_t>(d)];
+    INFO(memory.name);
+    CHECK(memory.bytes_peak == plan->devices[static_cast<size_t>(d)].peak_bytes());
+    CHECK(memory.bytes_peak <= memory.budget_bytes);
+  }
+}
+
+}  // namespace
+}  // namespace fathom
