@@ -203,17 +203,24 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
     FATHOM_TRY(look_up(s, layer, *copies, choices));
     if (choices.n_found > 0) return add_from_rows(s, w, placement, stages, staging, *kept, choices);
   }
-  for (size_t i = 0; i < placement.experts.size(); ++i) {
-    const ExpertSpan& span = placement.experts[i];
-    const bool sent = std::any_of(placement.experts.begin(),
-                                  placement.experts.begin() + static_cast<std::ptrdiff_t>(i),
-                                  [&](const ExpertSpan& e) { return e.device == span.device; });
-    if (!is_home(span) && !sent) FATHOM_TRY(send_rows(s, stage_of(span.device), staging));
-  }
+  // The own network runs while rows and sums travel and other devices work.  Before the first
+  // experts where these are elsewhere, else behind them, since the others wait for their sum.
+  bool own_queued = !is_home(placement.experts.front());
+  if (own_queued) add_own_network(s, w);
+  const auto send_to = [&](size_t first, size_t end) -> Status {
+    for (size_t i = first; i < end; ++i) {
+      const ExpertSpan& span = placement.experts[i];
+      const bool sent = std::any_of(placement.experts.begin(),
+                                    placement.experts.begin() + static_cast<std::ptrdiff_t>(i),
+                                    [&](const ExpertSpan& e) { return e.device == span.device; });
+      if (!is_home(span) && !sent) FATHOM_TRY(send_rows(s, stage_of(span.device), staging));
+    }
+    return {};
+  };
 
   // The sum travels over the spans in ascending order.  Every device but the layer's own is waited
-  // for; the own network is queued before the first wait, so that it runs meanwhile.
-  bool own_queued = false;
+  // for.
+  FATHOM_TRY(send_to(0, 1));
   int at = placement.device;
   for (size_t i = 0; i < placement.experts.size(); ++i) {
     const ExpertSpan& span = placement.experts[i];
@@ -232,6 +239,7 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
     const Step there{*stage.device, stage.op,   s.config,    s.rope,
                      stage.scratch, s.n_tokens, s.sequences, s.form};
     add_experts(there, w.experts[i], /*begin=*/i == 0);
+    if (i == 0) FATHOM_TRY(send_to(1, placement.experts.size()));  // while the first ones work
   }
   if (!own_queued) add_own_network(s, w);
   if (at != placement.device) {

@@ -125,9 +125,6 @@ Status forward(const ForwardParams& p, PassEnd how) {
   return last.device->sync(last.op);
 }
 
-namespace {
-
-// Queues the logits of rows of the pass on the head's device.
 Status queue_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows) {
   const int last = p.placement.layers.back().device;
   const Stage& head = stage_of(p, p.placement.head_device);
@@ -139,8 +136,6 @@ Status queue_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows) {
   return {};
 }
 
-}  // namespace
-
 Status forward_likeliest(const ForwardParams& p, int64_t row, int64_t k, TokenLogit* host) {
   const Stage& head = stage_of(p, p.placement.head_device);
   FATHOM_TRY(queue_logits(p, row, 1));
@@ -150,14 +145,18 @@ Status forward_likeliest(const ForwardParams& p, int64_t row, int64_t k, TokenLo
                                (k + 1) * static_cast<int64_t>(sizeof(TokenLogit)));
 }
 
-Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
-                      float* host_logits) {
+Status fetch_logits(const ForwardParams& p, int64_t n_rows, float* host_logits) {
   const Stage& head = stage_of(p, p.placement.head_device);
-  FATHOM_TRY(queue_logits(p, first_row, n_rows));
   FATHOM_TRY(head.device->sync(head.op));
   if (host_logits == nullptr) return {};
   return head.device->download(host_logits, head.scratch.logits,
                                n_rows * p.config.vocab_size * static_cast<int64_t>(sizeof(float)));
+}
+
+Status forward_logits(const ForwardParams& p, int64_t first_row, int64_t n_rows,
+                      float* host_logits) {
+  FATHOM_TRY(queue_logits(p, first_row, n_rows));
+  return fetch_logits(p, n_rows, host_logits);
 }
 
 }  // namespace fathom::nn

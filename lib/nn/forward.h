@@ -52,6 +52,9 @@ Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_
 // device finds them (k in [1, its max_top_k()]): as TopKParams::out, k + 1 of them.  The logits stay
 // in scratch.logits.
 Status forward_likeliest(const ForwardParams& params, int64_t row, int64_t k, TokenLogit* host);
+// The two halves of it.
+Status queue_logits(const ForwardParams& params, int64_t first_row, int64_t n_rows);
+Status fetch_logits(const ForwardParams& params, int64_t n_rows, float* host_logits = nullptr);
 
 // Workspace bytes that any pass of 1 .. max_tokens rows asks of device number `index`: the parts of
 // the pass that live there, run over a backend that only measures.

@@ -12,6 +12,7 @@
 #include "engine_state.h"
 #include "observed_backend.h"
 #include "planner.h"
+#include "queued_backend.h"
 
 namespace fathom {
 namespace {
@@ -109,8 +110,10 @@ Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
   return devices;
 }
 
-Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
-                             const MachineDescription* rates) {
+}  // namespace
+
+Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
+                                  const MachineDescription* rates, const WrapDevice& wrap) {
   FATHOM_TRY(config.validate());
   const HostAllocator& allocator = hooks.allocator;
   if (const bool all =
@@ -124,6 +127,15 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
   std::vector<std::unique_ptr<Backend>>& devices = made.all;
   std::vector<std::string> names;
   for (const auto& device : devices) names.emplace_back(device->name());
+  if (wrap)
+    for (size_t d = 0; d < devices.size(); ++d)
+      devices[d] = wrap(std::move(devices[d]), static_cast<int>(d));
+  // Several devices work at once: those that compute on the caller's thread get one of their own.
+  if (devices.size() > 1)
+    for (auto& device : devices)
+      if (is_host(*device)) {
+        FATHOM_TRY_ASSIGN(device, run::queued(std::move(device)));
+      }
   if (hooks.op)
     for (size_t d = 0; d < devices.size(); ++d)
       devices[d] = run::observed(std::move(devices[d]), static_cast<int>(d), hooks.op);
@@ -175,13 +187,11 @@ Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
   return Engine(std::move(state));
 }
 
-}  // namespace
-
 Engine::Engine(std::shared_ptr<run::EngineState> state) noexcept : state_(std::move(state)) {}
 
 Result<Engine> Engine::create(const Config& config, const HostHooks& hooks,
                               const MachineDescription* rates) {
-  return run::guarded([&] { return create_engine(config, hooks, rates); });
+  return run::guarded([&] { return run::create_engine(config, hooks, rates); });
 }
 
 const Config& Engine::config() const noexcept {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -87,6 +88,11 @@ class EngineState {
 
   const std::chrono::steady_clock::time_point made_ = std::chrono::steady_clock::now();
 };
+
+// Engine::create(), with something between each device and those who use it: for tests.
+using WrapDevice = std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>, int device)>;
+Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
+                             const MachineDescription* rates, const WrapDevice& wrap = {});
 
 // Runs `body`, which returns a Status or Result, and turns an exception of the standard library
 // into a Status: the border that nothing is thrown across.

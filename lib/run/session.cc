@@ -41,9 +41,17 @@ Status SessionState::run_pass(const nn::ForwardParams& params, nn::PassEnd end) 
 
 Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t first_row,
                                     int64_t n_rows) {
+  FATHOM_TRY(nn::queue_logits(params, first_row, n_rows));
+  return fetch_logits(params, n_rows);
+}
+
+Status SessionState::fetch_logits(const nn::ForwardParams& params, int64_t n_rows) {
   const nn::Stage& head = stages[static_cast<size_t>(params.placement.head_device)];
-  return nn::forward_logits(params, first_row, n_rows,
-                            head.scratch.logits == logits ? nullptr : logits);
+  return nn::fetch_logits(params, n_rows, head.scratch.logits == logits ? nullptr : logits);
+}
+
+void SessionState::wait_for_devices() const noexcept {
+  for (const nn::Stage& stage : stages) (void)stage.device->sync(stage.op);
 }
 
 bool SessionState::bring_likeliest(int64_t k) {
@@ -123,6 +131,7 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
   else if (status.ok() && want_logits)
     status = compute_logits(params, n - 1, 1);
   if (!status.ok()) {
+    wait_for_devices();
     cache.truncate(n_tokens, capacity);  // rows written but never committed; pages as before
     return status;
   }

@@ -4,7 +4,10 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
 
+#include "cost_model.h"
+#include "pipeline.h"
 #include "session_state.h"
 
 namespace fathom {
@@ -52,49 +55,159 @@ Status check_batch(Sessions sessions, std::span<const int32_t> tokens) {
   return {};
 }
 
+// Logits of `count` rows from `row` on, which lie in the buffer of the first session, into those of
+// theirs.
+void hand_out_logits(Sessions sessions, int64_t row, int64_t count) {
+  const SessionState& first = leader(sessions);
+  const int64_t vocab = first.model.config().vocab_size;
+  for (int64_t i = 0; i < count; ++i)
+    if (row + i > 0)
+      std::copy_n(first.logits + i * vocab, vocab,
+                  sessions[static_cast<size_t>(row + i)]->state().logits);
+}
+
 // Logits of row i into the buffer of session i.  The leader's own buffer takes kLogitRows rows at a
 // time; the first ones come last, so that row 0 stays.
 Status batch_logits(const nn::ForwardParams& params, Sessions sessions) {
   const auto n = static_cast<int64_t>(sessions.size());
-  const int64_t vocab = params.config.vocab_size;
-  SessionState& first = leader(sessions);
   for (int64_t row = (n - 1) / nn::kLogitRows * nn::kLogitRows; row >= 0; row -= nn::kLogitRows) {
     const int64_t count = std::min(nn::kLogitRows, n - row);
-    FATHOM_TRY(first.compute_logits(params, row, count));
-    for (int64_t i = 0; i < count; ++i)
-      if (row + i > 0)
-        std::copy_n(first.logits + i * vocab, vocab,
-                    sessions[static_cast<size_t>(row + i)]->state().logits);
+    FATHOM_TRY(leader(sessions).compute_logits(params, row, count));
+    hand_out_logits(sessions, row, count);
   }
   return {};
 }
 
-Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunControl& control) {
+// A part of a batch, in one pass.
+struct Group {
+  Sessions sessions;
+  std::span<const int32_t> tokens;
   std::vector<nn::Sequence> sequences;
-  for (const Session* session : sessions) {
-    const SessionState& s = const_cast<Session*>(session)->state();
-    sequences.push_back({&s, static_cast<int64_t>(sequences.size()), 1, s.n_tokens});
-  }
+};
+
+nn::ForwardParams params_of(const Group& group, const RunControl& control) {
+  const SessionState& first = leader(group.sessions);
+  return {.config = first.model.config(),
+          .rope = first.model.state()->rope,
+          .weights = *first.model.state()->weights,
+          .placement = first.model.plan().placement,
+          .stages = first.stages,
+          .staging = first.staging.data(),
+          .tokens = group.tokens,
+          .sequences = group.sequences,
+          .form = AttentionForm::kAbsorbed,
+          .cancelled = RunControl::cancelled,
+          .cancelled_arg = const_cast<RunControl*>(&control),
+          .trace = nullptr,
+          .copies = first.model.state()->copies.get()};
+}
+
+void logits_change(const Group& group) noexcept {
+  for (Session* session : group.sessions) session->state().has_logits = false;
+}
+
+// One group after the other through the devices, so that these work at once.  A group's logits are
+// its last device's work, where that has the head.
+Status groups_in_waves(std::span<const Group> groups, std::span<const LayerRun> runs,
+                       const RunControl& control) {
+  const auto group_of = [&](int64_t index) -> const Group& {
+    return groups[static_cast<size_t>(index)];
+  };
+  const auto rows = [](const Group& group) { return static_cast<int64_t>(group.tokens.size()); };
+  const Placement& placement = leader(groups.front().sessions).model.plan().placement;
+  const bool queued = placement.head_device == runs.back().device &&
+                      rows(groups.front()) <= nn::kLogitRows;  // the first is the largest
+  Passes passes{.count = static_cast<int64_t>(groups.size()), .params = {}, .finish = {}};
+  passes.params = [&](int64_t index) { return params_of(group_of(index), control); };
+  if (queued)
+    passes.queue_end = [&](const nn::ForwardParams& params, int64_t index) {
+      logits_change(group_of(index));
+      return nn::queue_logits(params, 0, rows(group_of(index)));
+    };
+  passes.finish = [&](const nn::ForwardParams& params, int64_t index) -> Status {
+    const Group& group = group_of(index);
+    logits_change(group);
+    if (!queued) return batch_logits(params, group.sessions);
+    FATHOM_TRY(leader(group.sessions).fetch_logits(params, rows(group)));
+    hand_out_logits(group.sessions, 0, rows(group));
+    return {};
+  };
+  return run_in_waves(runs, passes);
+}
+
+Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunControl& control) {
+  const auto n = static_cast<int64_t>(sessions.size());
   SessionState& first = leader(sessions);
-  const nn::ForwardParams params{.config = first.model.config(),
-                                 .rope = first.model.state()->rope,
-                                 .weights = *first.model.state()->weights,
-                                 .placement = first.model.plan().placement,
-                                 .stages = first.stages,
-                                 .staging = first.staging.data(),
-                                 .tokens = tokens,
-                                 .sequences = sequences,
-                                 .form = AttentionForm::kAbsorbed,
-                                 .cancelled = RunControl::cancelled,
-                                 .cancelled_arg = const_cast<RunControl*>(&control),
-                                 .trace = nullptr,
-                                 .copies = first.model.state()->copies.get()};
+  const Placement& placement = first.model.plan().placement;
+  const std::vector<LayerRun> runs = layer_runs(placement);
+  const int64_t n_groups = can_overlap(placement, runs) ? first.batch_groups(n) : 1;
+  std::vector<Group> groups;
+  for (int64_t g = 0, at = 0; g < n_groups; ++g) {
+    const auto size = static_cast<size_t>((n - at + n_groups - g - 1) / (n_groups - g));
+    const auto begin = static_cast<size_t>(at);
+    Group group{sessions.subspan(begin, size), tokens.subspan(begin, size), {}};
+    for (Session* session : group.sessions) {
+      const SessionState& s = session->state();
+      group.sequences.push_back({&s, static_cast<int64_t>(group.sequences.size()), 1, s.n_tokens});
+    }
+    groups.push_back(std::move(group));
+    at += static_cast<int64_t>(size);
+  }
+  if (n_groups > 1) return groups_in_waves(groups, runs, control);
+  const nn::ForwardParams params = params_of(groups.front(), control);
   FATHOM_TRY(first.run_pass(params));
-  for (Session* session : sessions) session->state().has_logits = false;  // being overwritten
+  logits_change(groups.front());  // they are being overwritten
   return batch_logits(params, sessions);
 }
 
+// Seconds of a pass of n rows in each run's device, by the cost model.
+std::vector<double> run_seconds(const SessionState& s, std::span<const LayerRun> runs, int64_t n) {
+  const Plan& plan = s.model.plan();
+  const nn::Weights& weights = *s.model.state()->weights;
+  const MachineDescription& machine = s.model.engine().machine();
+  const PassShape pass{.n_tokens = n,
+                       .first_position = s.n_tokens,
+                       .form = AttentionForm::kAbsorbed,
+                       .kv_type = plan.kv_type,
+                       .page_tokens = plan.kv_page_tokens};
+  std::vector<double> seconds;
+  for (const LayerRun& run : runs) {
+    const MachineDevice& device = machine.devices[static_cast<size_t>(run.device)];
+    double sum = plan.placement.head_device == run.device
+                     ? head_seconds(device, plan.model, weights)
+                     : 0;
+    for (size_t l = run.first; l < run.end; ++l)
+      sum += layer_seconds(device, plan.model, weights.layers[l],
+                           plan.model.is_moe_layer(static_cast<int64_t>(l)), pass)
+                 .total();
+    seconds.push_back(sum);
+  }
+  return seconds;
+}
+
 }  // namespace
+
+// More groups keep more devices busy, and read the weights more often: as many as the cost model
+// finds fastest, by more than it can be trusted to tell apart.
+int64_t SessionState::batch_groups(int64_t n) {
+  if (groups_of_batch.size() <= static_cast<size_t>(n))
+    groups_of_batch.resize(static_cast<size_t>(n) + 1);
+  int64_t& best = groups_of_batch[static_cast<size_t>(n)];
+  if (best > 0) return best;
+  const std::vector<LayerRun> runs = layer_runs(model.plan().placement);
+  double least = 0;
+  for (int64_t groups = 1; groups <= std::min<int64_t>(n, static_cast<int64_t>(runs.size()));
+       ++groups) {
+    const std::vector<double> t = run_seconds(*this, runs, (n + groups - 1) / groups);
+    const double slowest = *std::max_element(t.begin(), t.end());
+    const double all = std::accumulate(t.begin(), t.end(), 0.0) +
+                       static_cast<double>(groups - 1) * slowest;
+    constexpr double kTellApart = 0.97;
+    if (groups == 1 || all < kTellApart * least) best = groups, least = all;
+  }
+  return best;
+}
+
 }  // namespace run
 
 Status Session::step_batch(std::span<Session* const> sessions, std::span<const int32_t> tokens,
@@ -117,6 +230,7 @@ Status Session::step_batch(std::span<Session* const> sessions, std::span<const i
     const run::RunControl control(options);
     if (status.ok()) status = run::batch_pass(sessions, tokens, control);
     if (!status.ok()) {
+      for (const Session* session : sessions) session->state_->wait_for_devices();
       for (size_t i = 0; i < sessions.size(); ++i) {
         run::SessionState& s = *sessions[i]->state_;
         s.cache.truncate(s.n_tokens, capacities[i]);  // pages as before

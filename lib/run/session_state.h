@@ -41,6 +41,9 @@ class SessionState final : public nn::RowSourceOf {
   bool chunks_overlap(const RunOptions& options) const;
   Status prefill_overlapped(std::span<const int32_t> prompt, int64_t chunk,
                             const RunControl& control, const RunOptions& options);
+  // In how many groups a batch of n sessions goes through the devices, where passes can overlap
+  // (session_batch.cc).
+  int64_t batch_groups(int64_t n);
   // Errors: kInvalidArgument for an id out of range, naming index, id and bound.
   Status check_tokens(std::span<const int32_t> ids) const;
   AttentionForm form_of(int64_t n_tokens) const noexcept;
@@ -53,6 +56,10 @@ class SessionState final : public nn::RowSourceOf {
   bool bring_likeliest(int64_t k);
   // The last token's logits, where only the likeliest were brought.  Errors: kDevice.
   Status bring_logits();
+  // The same of rows whose logits were queued.
+  Status fetch_logits(const nn::ForwardParams& params, int64_t n_rows);
+  // After a pass that failed half-way: until then its rows and buffers are in use.
+  void wait_for_devices() const noexcept;
   double seconds() const noexcept { return model.engine().seconds(); }  // the engine's clock
 
   // ---- memory that ends: session_grow.cc ----
@@ -114,6 +121,7 @@ class SessionState final : public nn::RowSourceOf {
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;
   int64_t chunk = 0;  // longest pass that the scratch has room for
+  std::vector<int64_t> groups_of_batch;  // what batch_groups() found; 0: not asked yet
   bool has_logits = false;
   bool lost = false;  // lose_memory() was called
   std::vector<TokenLogit> likeliest;  // as TopKParams::out; empty: steps bring logits

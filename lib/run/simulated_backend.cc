@@ -42,13 +42,13 @@ void SimulatedMachine::wait(int device) noexcept {
 }
 
 void SimulatedMachine::transfer(int from, int to, int64_t bytes) noexcept {
-  const auto at = [&](int d) { return clock(d).free_at.load(std::memory_order_relaxed); };
-  const double begin = std::max({now(), at(from), at(to)});
-  const double s = from == to ? 2 * static_cast<double>(bytes) /
-                                    machine_.devices[static_cast<size_t>(to)].read_bytes_per_s
-                              : seconds(machine_.link(from, to), bytes);
-  const double end = advance(clock(to).free_at, begin, s);
-  advance(host_, end, 0);
+  if (from == to) {
+    advance(clock(to).free_at, now(),
+            2 * static_cast<double>(bytes) /
+                machine_.devices[static_cast<size_t>(to)].read_bytes_per_s);
+    return wait(to);
+  }
+  advance(host_, now(), seconds(machine_.link(from, to), bytes));
 }
 
 void SimulatedMachine::add_range(const void* base, int64_t bytes, int device) {

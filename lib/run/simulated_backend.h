@@ -3,8 +3,9 @@
 // tokens, and every byte and every second of it can be looked at.
 //
 // Memory is addresses: pages that nobody touches cost nothing, and what reads them sees zeros.
-// Time is the cost model's: each device has a clock that its operations advance; a transfer starts
-// when both ends are free; the thread that runs the passes has one too, which sync() advances.
+// Time is the cost model's: each device has a clock that its operations advance; the thread that
+// runs the passes has one too, which sync() and transfers advance.  A transfer between devices is
+// done by engines of its own, beside what the devices compute.
 #pragma once
 
 #include <atomic>
