@@ -94,19 +94,20 @@ TEST_CASE("a queued backend does everything, in order, before sync returns", "[o
 TEST_CASE("a device reads the next chunk while another one is in the one before", "[overlap]") {
   const std::string path = test::test_data("models/tiny-v3");
   const test::Settings settings{{"context.max", "300"}, {"prefill.chunk", "16"}, {"threads", "1"}};
-  std::atomic<int> at_0{0};
+  std::atomic<int> chunks_at_0{0};
   std::atomic<bool> armed{false}, met{false};
   test::Settings three = settings;
   three.insert(three.end(), {{"devices", "cpu:0,cpu:1,cpu:2"},
-                             {"placement.layers", "cpu:0=0,cpu:1=1,cpu:2=2"}});
+                             {"placement.layers", "cpu:0=0,cpu:1=1,cpu:2=2"},
+                             {"placement.experts", "cpu:1=1,cpu:2=2"},
+                             {"placement.embed", "cpu:0"},
+                             {"placement.head", "cpu:2"}});
   const Engine engine = watched_engine(three, [&](const OpTime& op) {
-    if (op.device == 0) ++at_0;
-    // Device 1, in its first operation on the first chunk: not further before device 0 has moved on
-    // in the second.
-    if (op.device == 1 && armed.exchange(false)) {
-      const int before = at_0;
-      met = wait_until([&] { return at_0 > before + 3; });
-    }
+    if (op.device == 0 && op.op == "embed") ++chunks_at_0;
+    // Device 1, in its first operation on the first chunk: not further before device 0 has begun the
+    // second.  One thread for both would do that behind all of device 1's operations.
+    if (op.device == 1 && armed.exchange(false))
+      met = wait_until([&] { return chunks_at_0 > 1; });
   });
   const Model one = test::load_model(path, settings), several = load(engine, path);
   const auto tokens = some_tokens(250, one.config().vocab_size);

@@ -18,8 +18,8 @@ namespace {
 
 // Operations in flight; a caller that is further ahead waits.  A layer of a long chunk in absorbed
 // form is about sixty.
-constexpr uint32_t kSlots = 512;
-constexpr int64_t kStackBytes = 512 * 1024;  // kernels keep their tiles in the workspace
+constexpr uint32_t kSlots = 256;
+constexpr int64_t kStackBytes = 512 * 1024;  // as of the pool's threads
 constexpr size_t kMostParams = 320;
 // How long a thread looks before it sleeps: what it waits for often comes within this time.
 constexpr auto kLookTime = std::chrono::microseconds(4);

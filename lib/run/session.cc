@@ -36,7 +36,9 @@ bool SessionState::report(const StepFunction& on_step, Phase phase, int64_t n_ne
 
 Status SessionState::run_pass(const nn::ForwardParams& params, nn::PassEnd end) {
   const PassGate::Pass pass(model.state()->gate);
-  return nn::forward(params, end);
+  Status status = nn::forward(params, end);
+  if (!status.ok()) wait_for_devices();
+  return status;
 }
 
 Status SessionState::compute_logits(const nn::ForwardParams& params, int64_t first_row,

@@ -103,7 +103,8 @@ nn::ForwardParams params_of(const Group& group, const RunControl& control) {
 }
 
 void logits_change(const Group& group) noexcept {
-  for (Session* session : group.sessions) session->state().has_logits = false;
+  for (Session* session : group.sessions)
+    session->state().has_logits = session->state().has_likeliest = false;
 }
 
 // One group after the other through the devices, so that these work at once.  A group's logits are

@@ -45,7 +45,7 @@ Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t
   };
   double last = seconds();
   chunks.finish = [&](const nn::ForwardParams& finished, int64_t index) -> Status {
-    has_logits = false;
+    has_logits = has_likeliest = false;
     if (index == n_chunks - 1) {
       FATHOM_TRY(compute_logits(finished, static_cast<int64_t>(finished.tokens.size()) - 1, 1));
       has_logits = true;
