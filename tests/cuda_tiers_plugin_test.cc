@@ -44,6 +44,8 @@ TEST_CASE("a card's pages on the host and in the file give the bits of resident 
       expected.push_back(copy(session.logits()));
       for (int i = 0; i < 18; ++i) test::require_ok(session.step(7 + i));
       expected.push_back(copy(session.logits()));
+      for (int i = 40; i < 42; ++i) test::require_ok(session.step(i));
+      expected.push_back(copy(session.logits()));
     }
     const Model model = test::load_model(folder, settings({{"kv.type", type},
                                                            {"kv.tiers", "device,host,file"},
@@ -63,6 +65,18 @@ TEST_CASE("a card's pages on the host and in the file give the bits of resident 
     CHECK(test::first_bit_difference(expected[1], session.logits()).index == -1);
     CHECK(test::count_events(session, "spilled") >= 1);
     CHECK(test::count_events(session, "spilled_to_file") >= 1);
+    // The host has room again: what is in the file goes there; then the card has, and all comes
+    // back.
+    Engine engine = model.engine();
+    test::require_ok(engine.set_budget(1, int64_t{400} << 20));
+    test::require_ok(session.step(40));
+    CHECK(session.cache().bytes_in(KvTier::kHost) > 0);
+    CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
+    test::require_ok(engine.set_budget(0, int64_t{1} << 30));
+    test::require_ok(session.step(41));
+    CHECK(session.cache().bytes_in(KvTier::kHost) == 0);
+    CHECK(test::first_bit_difference(expected[2], session.logits()).index == -1);
+    CHECK(test::count_events(session, "returned") == 1);
     const MemorySnapshot memory = model.engine().memory();
     for (int d = 0; d < 2; ++d)
       CHECK(memory.devices[static_cast<size_t>(d)].bytes_now <=

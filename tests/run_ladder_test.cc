@@ -463,6 +463,91 @@ TEST_CASE("a plan that fits by the ladder says so, and the run stays below it", 
   CHECK(count_events(session, "chunk_lowered") == 0);  // the plan chose it for this budget
 }
 
+TEST_CASE("pages come back from the file when memory does, and stay", "[ladder]") {
+  test::TemporaryFolder folder("return");
+  const auto tokens = long_text(1400);
+  const test::Settings common{{"kv.page_tokens", "64"}, {"prefill.chunk", "128"}};
+  test::Settings settings = common;
+  settings.insert(
+      settings.end(),
+      {{"kv.tiers", "device,file"}, {"kv.ladder", "file"}, {"kv.spill_folder", folder.path()}});
+  const Model model = test::load_model(kTrained, settings),
+              free = test::load_model(kTrained, common);
+  Session session = test::new_session(model), other = test::new_session(free);
+  const int64_t page_bytes = model.plan().devices[0].kv_page_bytes;
+  const auto file = [&] { return session.cache().bytes_in(KvTier::kFile); };
+  const auto both = [&](size_t first, size_t n) {
+    test::require_ok(session.prefill(std::span(tokens).subspan(first, n)));
+    test::require_ok(other.prefill(std::span(tokens).subspan(first, n)));
+    CHECK(test::first_bit_difference(other.logits(), session.logits()).index == -1);
+    const MemorySnapshot memory = model.engine().memory();
+    CHECK(memory.devices[0].bytes_now <= memory.devices[0].budget_bytes);
+  };
+  leave(model, 5 * page_bytes);
+  both(0, 1000);
+  const int64_t moved = file();
+  REQUIRE(moved >= 8 * page_bytes);
+
+  // A little memory: some pages come, beside room for the next passes, and nothing goes to and fro.
+  leave(model, 5 * page_bytes);
+  both(1000, 10);
+  CHECK(file() < moved);
+  CHECK(file() > 0);
+  CHECK(count_events(session, "returned") == 1);
+  const size_t events = session.events().size();
+  for (int i = 0; i < 100; ++i) {
+    test::require_ok(session.step(i));
+    test::require_ok(other.step(i));
+  }
+  CHECK(test::first_bit_difference(other.logits(), session.logits()).index == -1);
+  CHECK(session.events().size() == events);
+
+  // All of it: nothing is left in the file, and it can be filled again.
+  test::require_ok(Engine(model.engine()).set_budget(0, int64_t{1} << 40));
+  both(1010, 1);
+  CHECK(file() == 0);
+  CHECK(session.cache().size_bytes() == other.cache().size_bytes());
+  leave(model, 0);
+  both(1100, 300);
+  CHECK(file() > 0);
+  const KvRows rows = session.cache().rows(0, 0, 0, session.n_tokens());
+  CHECK(rows.pages[0].data == nullptr);
+}
+
+TEST_CASE("pages that the system refuses are not asked for again and again", "[ladder]") {
+  test::TemporaryFolder folder("refused");
+  int64_t asked = 0;
+  bool refusing = false;
+  HostHooks hooks;
+  hooks.memory = [&](int, Purpose purpose, int64_t delta, int64_t) {
+    if (purpose != Purpose::kKv || delta <= 0 || !refusing) return true;
+    ++asked;
+    return false;
+  };
+  auto engine = Engine::create(test::config_of({{"kv.page_tokens", "64"},
+                                                {"prefill.chunk", "64"},
+                                                {"kv.tiers", "device,file"},
+                                                {"kv.spill_folder", folder.path()}}),
+                               hooks);
+  REQUIRE(engine.ok());
+  auto model = Model::load(*engine, *engine->plan(kTrained));
+  REQUIRE(model.ok());
+  Session session = test::new_session(*model);
+  leave(*model, 4 * model->plan().devices[0].kv_page_bytes);
+  test::require_ok(session.prefill(long_text(600)));
+  const int64_t moved = session.cache().bytes_in(KvTier::kFile);
+  REQUIRE(moved > 0);
+  test::require_ok(engine->set_budget(0, int64_t{1} << 40));
+  refusing = true;
+  for (int i = 0; i < 20; ++i) test::require_ok(session.step(i));
+  CHECK(asked == 1);
+  CHECK(session.cache().bytes_in(KvTier::kFile) == moved);
+  refusing = false;
+  test::require_ok(engine->set_budget(0, int64_t{1} << 41));
+  test::require_ok(session.step(7));
+  CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
+}
+
 TEST_CASE("decisions of the ladder, by hand", "[ladder]") {
   using run::LadderGains;
   const std::vector<LadderStep> ladder{LadderStep::kChunk, LadderStep::kRequantise,

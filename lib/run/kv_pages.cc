@@ -80,6 +80,7 @@ Result<std::unique_ptr<KvPages>> KvPages::create(std::shared_ptr<EngineState> en
     }
     home.parts.push_back(std::move(part));
   }
+  p.refused_.assign(p.devices_.size(), -1);
   const TierBytes bytes =
       tier_bytes(options.tiers, spread, options.policy, options.layout, all_host);
   for (Device& device : p.devices_) {
@@ -226,10 +227,14 @@ void KvPages::drop_page(Device& home, int64_t page) noexcept {
     part.host_pages.decommit(host_place(part, page),
                              host_page_bytes(home, home.table[page].type));
   } else {
-    for (int64_t slot = 0; slot < home.n_layers && file_.is_open(); ++slot)
-      file_.discard(file_offset(home, slot, page), layer_stride_);
+    forget_in_file(home, page);
   }
   home.table[page] = {};
+}
+
+void KvPages::forget_in_file(const Device& home, int64_t page) noexcept {
+  for (int64_t slot = 0; slot < home.n_layers && file_.is_open(); ++slot)
+    file_.discard(file_offset(home, slot, page), layer_stride_);
 }
 
 // Rewrites a page in `type` and gives back what it no longer needs.
@@ -287,6 +292,8 @@ Status KvPages::bring_back(Device& home, int64_t page) {
   }
   if (page >= part.file_end)
     part.host_pages.decommit(host_place(part, page), host_page_bytes(home, type));
+  else
+    forget_in_file(home, page);
   part.host_end = page;
   part.file_end = std::min(part.file_end, page);
   return {};

@@ -99,6 +99,11 @@ class KvPages {
   Status to_file(int device, int64_t n_then, int64_t bytes, Moved& moved);
   // On all devices at once, one type at a time, so that all rows of a page have one type.
   void requantise(int device, int64_t n_then, int64_t bytes, Moved& moved) noexcept;
+  // What was moved comes back where there is room beside the pages of n_ahead tokens: the youngest
+  // pages of a device first, then those in the file to the host (kv_return.cc).  `freed` counts what
+  // was taken.
+  Moved come_back(int64_t n_ahead);
+  bool any_moved() const noexcept;
   // The type that the next page requantised for a device will have; none: there is no such page.
   std::optional<KvType> next_type(int device, int64_t n_then) const noexcept;
   // Bytes of pages on a device that may move.
@@ -206,6 +211,9 @@ class KvPages {
   Status device_to_host(Device&, Part&, int64_t page);
   Status device_to_file(Device&, Part&, int64_t page);
   Status host_to_file(Device&, Part&, int64_t page);
+  Status file_to_host(Device&, Part&, int64_t page);
+  void forget_in_file(const Device&, int64_t page) noexcept;
+  bool may_take_back(int device, int64_t bytes, int64_t n_ahead) const noexcept;
   // Layer by layer between the file and a device, through the bounce buffer where it must.
   Status write_layer(const Device&, const Part&, int64_t slot, int64_t page,
                      const std::byte* device_data, int64_t bytes);
@@ -221,6 +229,7 @@ class KvPages {
   int64_t max_pages_ = 0;
   int64_t layer_stride_ = 0;  // bytes of a layer slot in the file and in the staging buffer
   std::vector<Device> devices_;
+  std::vector<int64_t> refused_;  // [devices] what was free when a page could not come back
   MemoryRange tables_, bounce_;
   io::SpillFile file_;
   Status stream_status_;

@@ -308,8 +308,24 @@ Result<bool> SessionState::climb(const Status& refused, int64_t n_then, int64_t 
   }
 }
 
+// The last step of the ladder is the first that is taken back: pages elsewhere cost every pass.
+// Room for the next passes is left, so that a page does not come and go.
+void SessionState::return_pages(int64_t n_then) {
+  KvPages& pages = cache.pages();
+  if (!pages.any_moved()) return;
+  const KvPages::Moved back = pages.come_back(
+      std::min(std::max(n_then, n_tokens + model.plan().prefill_chunk), cache.max_tokens()));
+  if (back.pages > 0)
+    tell(
+        "returned", back.freed,
+        fmt::format("memory is there again: {} pages came back, {} bytes are in host memory and {} "
+                    "in the file",
+                    back.pages, pages.bytes_in(KvTier::kHost), pages.bytes_in(KvTier::kFile)));
+}
+
 Status SessionState::grow(int64_t n_then, bool in_passes) {
   if (lost) return lost_error();
+  return_pages(n_then);
   Status trouble;
   if (ExpertCache* copies = model.state()->copies.get()) {
     // Copies of experts go before anything else suffers.

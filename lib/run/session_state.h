@@ -146,6 +146,8 @@ class SessionState final : public nn::RowSourceOf {
   Status resize_scratch(const std::vector<SessionScratch>& bytes);
   std::vector<SessionScratch> all_scratch(int64_t n) const;
   void tell_chunk(int64_t before, int64_t freed);
+  // Pages that were moved come back when memory does.
+  void return_pages(int64_t n_then);
   int64_t kv_bytes_of(KvType type) const noexcept;  // per token, all layers
   void tell(const char* kind, int64_t bytes, std::string text);
   Status take_step(LadderStep step, int device, int64_t n_then, int64_t bytes);
