@@ -537,13 +537,15 @@ TEST_CASE("pages that the system refuses are not asked for again and again", "[l
   test::require_ok(session.prefill(long_text(600)));
   const int64_t moved = session.cache().bytes_in(KvTier::kFile);
   REQUIRE(moved > 0);
-  test::require_ok(engine->set_budget(0, int64_t{1} << 40));
+  leave(*model, int64_t{64} << 20);
   refusing = true;
   for (int i = 0; i < 20; ++i) test::require_ok(session.step(i));
   CHECK(asked == 1);
   CHECK(session.cache().bytes_in(KvTier::kFile) == moved);
   refusing = false;
-  test::require_ok(engine->set_budget(0, int64_t{1} << 41));
+  test::require_ok(session.step(6));
+  CHECK(session.cache().bytes_in(KvTier::kFile) == moved);  // no more than was refused
+  leave(*model, int64_t{128} << 20);
   test::require_ok(session.step(7));
   CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
 }
