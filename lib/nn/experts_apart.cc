@@ -203,10 +203,10 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
     FATHOM_TRY(look_up(s, layer, *copies, choices));
     if (choices.n_found > 0) return add_from_rows(s, w, placement, stages, staging, *kept, choices);
   }
-  // The own network runs while rows and sums travel and other devices work.  Before the first
-  // experts where these are elsewhere, else behind them, since the others wait for their sum.
-  bool own_queued = !is_home(placement.experts.front());
-  if (own_queued) add_own_network(s, w);
+  // The own network runs while other devices work and sums travel.  Behind the sending of the rows,
+  // which a device with one queue does after all that was queued before; ahead of the first experts
+  // elsewhere.
+  bool own_queued = false;
   const auto send_to = [&](size_t first, size_t end) -> Status {
     for (size_t i = first; i < end; ++i) {
       const ExpertSpan& span = placement.experts[i];
