@@ -46,7 +46,8 @@ TEST_CASE("160 K tokens of growth move no row; memory follows the text within tw
     const int64_t used = options.layout.page_bytes(type, 4);
     const int64_t system_page = sysconf(_SC_PAGESIZE);
     const int64_t page_bytes = (used + system_page - 1) / system_page * system_page;
-    const int64_t empty = engine.memory().devices[0].bytes_now, before = resident_bytes();
+    const int64_t empty = engine.memory().devices[0].bytes_now;
+    [[maybe_unused]] const int64_t before = resident_bytes();
     CHECK(cache->size_bytes() == 0);  // a limit is not an allocation
 
     std::vector<const void*> places;
