@@ -198,7 +198,7 @@ TEST_CASE("rows kept apart add up to the same bits", "[cpu][experts]") {
                                       .hidden_size = hidden,
                                       .out = got.data()});
           INFO(test.ctx.matmul->name << " tokens " << n_tokens);
-          CHECK(std::memcmp(expected.data(), got.data(), got.size() * 4) == 0);
+          CHECK((got.empty() || std::memcmp(expected.data(), got.data(), got.size() * 4) == 0));
         }
       }
     }
