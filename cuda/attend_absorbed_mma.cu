@@ -6,15 +6,12 @@
 //   step       rows decoded once into shared memory, keys and values for all columns
 //   scores     each warp 16 of the 64 rows          d[column][row]   = sum_k  q[column][k] row[k]
 //   values     each warp a quarter of the rank      d[column][value] = sum_r  p[column][r] row[r]
-#include "cuda/kv_rows.cuh"
+#include "cuda/attend_tile.cuh"
 
 namespace fathom::cuda {
 namespace {
 
-constexpr int kRows = 64;      // of a step
-constexpr int kColumns = 16;   // of a tile
-constexpr int kMaxRank = 512;  // what the accumulators of a warp hold: 16 tiles of 8 values
-constexpr int kValueTiles = kMaxRank / 4 / 8;
+constexpr int kRows = 64;  // of a step
 constexpr int kScoreStride = kRows + 4, kWeightStride = kRows + 8;
 
 // Where things are in shared memory.  Rows of queries and keys shift by four banks.
@@ -32,9 +29,6 @@ struct Layout {
   }
 };
 
-__device__ uint32_t pair_at(const uint16_t* at) {
-  return *reinterpret_cast<const uint32_t*>(at);
-}
 __device__ void store8(uint16_t* to, const float (&v)[8]) {
   uint4 packed;
   packed.x = bf16_pair(v[0], v[1]);
@@ -71,21 +65,16 @@ __global__ void __launch_bounds__(kTiles * 128) partial_mma_kernel(PartialParams
     const int c = i % groups * 8;
     float v[8] = {};
     if (column < p.n_columns) {
-      const int64_t token = column / p.n_heads, head = column % p.n_heads;
-      const float* q =
-          c < rank
-              ? p.q_latent + token * p.q_latent_token_stride + head * p.q_latent_head_stride + c
-              : p.q_rope + token * p.q_rope_token_stride + head * p.q_rope_head_stride + (c - rank);
+      const float* q = query_at(p, column, c);
       for (int k = 0; k < 8; ++k) v[k] = q[k] * p.scale;
     }
     store8(queries + (i / groups) * at.stride + c, v);
   }
 
-  // The state of the softmax: eight threads share a column, and each has it.
   const int my_column = thread % 128 / 8, my_part = thread % 8;
   const int64_t my_global = first_column + tile * kColumns + my_column;
   const int64_t my_position = p.first_position + my_global / p.n_heads;
-  float most = minus_infinity(), sum = 0;
+  ColumnState state{minus_infinity(), 0};
   float out[kValueTiles][4] = {};
   const int warp_values = rank / 4;  // a multiple of 8
 
@@ -131,62 +120,19 @@ __global__ void __launch_bounds__(kTiles * 128) partial_mma_kernel(PartialParams
                i % 2] = score[n][i];
     __syncthreads();
 
-    const float* mine = scores + (tile * kColumns + my_column) * kScoreStride;
+    const int column = tile * kColumns + my_column;
     const int64_t seen = (my_position + 1 < end_row ? my_position + 1 : end_row) - row0;
-    float top = most;
-    for (int r = my_part; r < kRows; r += 8)
-      if (r < seen) top = fmaxf(top, mine[r]);
-    for (int bit = 4; bit > 0; bit >>= 1) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, bit));
-    const float keep = most == minus_infinity() ? 0.0f : expf(most - top);
-    float added = 0;
-    for (int r = my_part; r < kRows; r += 8) {
-      // The sum is over the rounded weights, which are those that the values get.
-      const uint16_t weight = bf16_bits(r < seen ? expf(mine[r] - top) : 0.0f);
-      weights[(tile * kColumns + my_column) * kWeightStride + r] = weight;
-      added += bf16_value(weight);
-    }
-    for (int bit = 4; bit > 0; bit >>= 1) added += __shfl_xor_sync(0xffffffffu, added, bit);
-    sum = sum * keep + added;
-    most = top;
-    if (my_part == 0) decay[tile * kColumns + my_column] = keep;
+    const float keep = softmax_step<BF16Numbers, kRows>(
+        scores + column * kScoreStride, seen, my_part, weights + column * kWeightStride, state);
+    if (my_part == 0) decay[column] = keep;
     __syncthreads();
-
-    const float low = decay[tile * kColumns + g], high = decay[tile * kColumns + g + 8];
-#pragma unroll
-    for (int n = 0; n < kValueTiles; ++n) {
-      out[n][0] *= low;
-      out[n][1] *= low;
-      out[n][2] *= high;
-      out[n][3] *= high;
-    }
-#pragma unroll
-    for (int k = 0; k < kRows; k += 16) {
-      const uint16_t* w = weights + (tile * kColumns + g) * kWeightStride + k + 2 * t;
-      const uint32_t a[4] = {pair_at(w), pair_at(w + 8 * kWeightStride), pair_at(w + 8),
-                             pair_at(w + 8 * kWeightStride + 8)};
-#pragma unroll
-      for (int n = 0; n < kValueTiles; ++n) {
-        if (n * 8 >= warp_values) continue;
-        uint32_t b[2];
-        load_transposed(b, keys + (k + lane % 16) * at.stride + warp * warp_values + n * 8);
-        mma_bf16(out[n], a, b);
-      }
-    }
+    add_rows<BF16Numbers, kRows>(weights + tile * kColumns * kWeightStride, kWeightStride,
+                                 decay + tile * kColumns, keys + warp * warp_values, at.stride,
+                                 warp_values, out);
   }
 
-  const int64_t part = int64_t(blockIdx.x) * p.n_columns;
-  if (my_part == 0 && warp < 4 && my_global < p.n_columns) {
-    p.max[part + my_global] = most;
-    p.sum[part + my_global] = sum;
-  }
-#pragma unroll
-  for (int n = 0; n < kValueTiles; ++n)
-    for (int i = 0; i < 4; ++i) {
-      const int64_t column = first_column + tile * kColumns + g + i / 2 * 8;
-      const int value = warp * warp_values + n * 8 + 2 * t + i % 2;
-      if (n * 8 < warp_values && column < p.n_columns)
-        p.out[(part + column) * rank + value] = out[n][i];
-    }
+  store_split(p, my_global, my_part == 0, state, first_column + tile * kColumns, warp * warp_values,
+              warp_values, out);
 }
 
 template <int kTiles>

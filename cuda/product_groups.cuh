@@ -39,4 +39,23 @@ __device__ inline float silu(float v) {
   return v / (1 + expf(-v));
 }
 
+// Weight rows that a warp takes; in pairs: two of w, two of up.
+inline constexpr int kSlots = 4;
+
+// What a warp has found for one row of the group, summed over its lanes, to its place: kSlots
+// values of w, or silu(w) times up of pairs.
+__device__ inline void store_sums(const ProductParams& p, const GroupRows& group, int64_t row,
+                                  int64_t first_row, float (&sum)[kSlots]) {
+#pragma unroll
+  for (int s = 0; s < kSlots; ++s) sum[s] = warp_sum(sum[s]);
+  if (threadIdx.x % 32 != 0) return;
+  float* out = group.out + (group.first + row) * p.out_stride + first_row;
+  if (p.up.data != nullptr) {
+    for (int s = 0; s < 2 && first_row + s < p.w.rows; ++s) out[s] = silu(sum[s]) * sum[2 + s];
+  } else {
+    for (int s = 0; s < kSlots && first_row + s < p.w.rows; ++s)
+      out[s] = p.add ? out[s] + sum[s] : sum[s];
+  }
+}
+
 }  // namespace fathom::cuda

@@ -181,7 +181,6 @@ struct Int8Args {
 // kRows rows of x at a time; the sums of a row do not depend on how many.
 template <DType kType, int kRows>
 __global__ void product_int8_kernel(Int8Args args) {
-  constexpr int kSlots = 4;
   const ProductParams& p = args.p;
   const int lane = int(threadIdx.x % 32);
   const int64_t warp = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
@@ -205,7 +204,7 @@ __global__ void product_int8_kernel(Int8Args args) {
       const int64_t sorted = group.first + t + (n < left ? n : 0);
       x_row[n] = p.groups.tokens != nullptr ? p.groups.tokens[sorted] : sorted;
     }
-    float sum[kSlots][kRows] = {};
+    float sum[kRows][kSlots] = {};
     for (int unit = lane; unit < n_units; unit += 32) {
       Unit w[kSlots];
 #pragma unroll
@@ -222,26 +221,14 @@ __global__ void product_int8_kernel(Int8Args args) {
           for (int s = 0; s < kSlots; ++s) {
             const uint32_t(&c)[4] = w[s].codes[half];
             const int dot = dot4(c[3], q.w, dot4(c[2], q.z, dot4(c[1], q.y, dot4(c[0], q.x, 0))));
-            sum[s][n] += w[s].scale[half] * (scale.d * float(dot)) - w[s].min[half] * scale.sum;
+            sum[n][s] += w[s].scale[half] * (scale.d * float(dot)) - w[s].min[half] * scale.sum;
           }
         }
       }
     }
 #pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (n >= left) continue;
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) sum[s][n] = warp_sum(sum[s][n]);
-      if (lane != 0) continue;
-      float* out = group.out + (group.first + t + n) * p.out_stride + first_row;
-      if (pairs) {
-        for (int s = 0; s < 2 && first_row + s < p.w.rows; ++s)
-          out[s] = silu(sum[s][n]) * sum[2 + s][n];
-      } else {
-        for (int s = 0; s < kSlots && first_row + s < p.w.rows; ++s)
-          out[s] = p.add ? out[s] + sum[s][n] : sum[s][n];
-      }
-    }
+    for (int n = 0; n < kRows; ++n)
+      if (n < left) store_sums(p, group, t + n, first_row, sum[n]);
   }
 }
 

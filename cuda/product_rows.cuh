@@ -9,7 +9,6 @@
 
 namespace fathom::cuda {
 
-inline constexpr int kSlots = 4;  // rows of weights of a warp; in pairs: two of w, two of up
 inline constexpr unsigned kProductThreads = 128;
 
 // kRows rows of x at a time.
@@ -33,7 +32,7 @@ __global__ void product_rows_kernel(ProductParams p) {
     const int64_t left = group.n_rows - t;
     const float* x[kRows];
     for (int n = 0; n < kRows; ++n) x[n] = group_x(p, group, t + (n < left ? n : 0));
-    float sum[kSlots][kRows] = {};
+    float sum[kRows][kSlots] = {};
     for (int g = lane; g < n_groups; g += 32) {
       float values[kRows][8];
 #pragma unroll
@@ -55,25 +54,13 @@ __global__ void product_rows_kernel(ProductParams p) {
         for (int n = 0; n < kRows; ++n) {
           if (n >= left) continue;
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sum[s][n] += w[i] * values[n][i];
+          for (int i = 0; i < 8; ++i) sum[n][s] += w[i] * values[n][i];
         }
       }
     }
 #pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-      if (n >= left) continue;
-#pragma unroll
-      for (int s = 0; s < kSlots; ++s) sum[s][n] = warp_sum(sum[s][n]);
-      if (lane != 0) continue;
-      float* out = group.out + (group.first + t + n) * p.out_stride + first_row;
-      if (pairs) {
-        for (int s = 0; s < 2 && first_row + s < p.w.rows; ++s)
-          out[s] = silu(sum[s][n]) * sum[2 + s][n];
-      } else {
-        for (int s = 0; s < kSlots && first_row + s < p.w.rows; ++s)
-          out[s] = p.add ? out[s] + sum[s][n] : sum[s][n];
-      }
-    }
+    for (int n = 0; n < kRows; ++n)
+      if (n < left) store_sums(p, group, t + n, first_row, sum[n]);
   }
 }
 
