@@ -289,6 +289,9 @@ class Backend {
   virtual void decommit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
   virtual void release(void* base, int64_t bytes) noexcept = 0;
   virtual bool host_accessible() const noexcept = 0;  // device pointers may be read by the host
+  // Copies between the host's memory and the device's, done when they return; from any thread.  The
+  // caller has waited (sync) for operations that write what is read or use what is written: a device
+  // may put the copy behind what is queued, or not.  Errors: kDevice.
   virtual Status upload(void* device, const void* host, int64_t bytes) noexcept = 0;
   virtual Status download(void* host, const void* device, int64_t bytes) noexcept = 0;
 

@@ -1,4 +1,4 @@
-// A backend that hands every call to another: the base of those that watch or disturb one.
+// Backends that hand calls to another: the bases of those that watch, queue or disturb one.
 #pragma once
 
 #include <memory>
@@ -10,9 +10,11 @@
 
 namespace fathom::run {
 
-class ForwardingBackend : public Backend {
+// All but the operations: who changes when these run has to name each of them, and one that is added
+// and forgotten does not compile.
+class ForwardingDevice : public Backend {
  public:
-  explicit ForwardingBackend(std::unique_ptr<Backend> real) noexcept : real_(std::move(real)) {}
+  explicit ForwardingDevice(std::unique_ptr<Backend> real) noexcept : real_(std::move(real)) {}
 
   DeviceKind kind() const noexcept override { return real_->kind(); }
   std::string_view name() const noexcept override { return real_->name(); }
@@ -70,6 +72,18 @@ class ForwardingBackend : public Backend {
   int64_t workspace_bytes(const TopKParams& p) const noexcept override {
     return real_->workspace_bytes(p);
   }
+  int64_t max_top_k() const noexcept override { return real_->max_top_k(); }
+  bool keeps_expert_rows() const noexcept override { return real_->keeps_expert_rows(); }
+  void sum_experts(const OpContext&, const SumExpertsParams&) noexcept override = 0;
+  void top_k(const OpContext&, const TopKParams&) noexcept override = 0;
+
+ protected:
+  const std::unique_ptr<Backend> real_;
+};
+
+class ForwardingBackend : public ForwardingDevice {
+ public:
+  using ForwardingDevice::ForwardingDevice;
 
   void embed(const OpContext& op, const EmbedParams& p) noexcept override { real_->embed(op, p); }
   void rms_norm(const OpContext& op, const RmsNormParams& p) noexcept override {
@@ -106,13 +120,8 @@ class ForwardingBackend : public Backend {
   void sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept override {
     real_->sum_experts(op, p);
   }
-  int64_t max_top_k() const noexcept override { return real_->max_top_k(); }
   void top_k(const OpContext& op, const TopKParams& p) noexcept override { real_->top_k(op, p); }
-  bool keeps_expert_rows() const noexcept override { return real_->keeps_expert_rows(); }
   Status sync(const OpContext& op) noexcept override { return real_->sync(op); }
-
- protected:
-  const std::unique_ptr<Backend> real_;
 };
 
 }  // namespace fathom::run

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../io/arena.h"
+#include "../nn/transfer.h"
 #include "cost_model.h"
 #include "engine_state.h"
 #include "fathom/engine.hpp"
@@ -216,11 +217,8 @@ Status measure_link(run::EngineState& engine, MachineLink& link, double figure_s
     if (!a.host_accessible() && !b.host_accessible()) {
       FATHOM_TRY_ASSIGN(between, engine.allocate(engine.host_device, Purpose::kStaging, bytes));
     }
-    return best_seconds(figure_s, [&]() -> Status {
-      if (a.host_accessible()) return b.upload(at_b.data(), at_a.data(), bytes);
-      if (b.host_accessible()) return a.download(at_b.data(), at_a.data(), bytes);
-      FATHOM_TRY(a.download(between.data(), at_a.data(), bytes));
-      return b.upload(at_b.data(), between.data(), bytes);
+    return best_seconds(figure_s, [&] {
+      return nn::transfer(a, at_a.data(), b, at_b.data(), bytes, between.data());
     });
   };
   FATHOM_TRY_ASSIGN(const double small, seconds(4096));

@@ -49,10 +49,10 @@ struct Slot {
   alignas(16) std::byte params[kMostParams];
 };
 
-class QueuedBackend final : public ForwardingBackend {
+class QueuedBackend final : public ForwardingDevice {
  public:
   explicit QueuedBackend(std::unique_ptr<Backend> real)
-      : ForwardingBackend(std::move(real)),
+      : ForwardingDevice(std::move(real)),
         slots_(std::make_unique<Slot[]>(kSlots)),
         process_(getpid()) {}
 
@@ -112,8 +112,10 @@ class QueuedBackend final : public ForwardingBackend {
   void kv_append(const OpContext& op, const KvAppendParams& p) noexcept override {
     queue<&Backend::kv_append>(op, p);
   }
-  // kv_convert() is not queued: it comes between passes, and the tail of its page is given back as
-  // soon as it returns.
+  // Not queued: it comes between passes, and the tail of its page is given back as soon as it returns.
+  void kv_convert(const OpContext& op, const KvConvertParams& p) noexcept override {
+    real_->kv_convert(op, p);
+  }
   void attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept override {
     queue<&Backend::attend_absorbed>(op, p);
   }
