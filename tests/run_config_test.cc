@@ -117,6 +117,7 @@ TEST_CASE("a refused value is named with its key and range, and changes nothing"
   CHECK(refusal("cuda.plugin", "libfathom_cuda.so") ==
         "cuda.plugin = \"libfathom_cuda.so\": must be auto or an absolute path of at most 1024 "
         "bytes");
+  CHECK(refusal("experts.cache", "lots").ends_with("at most 2^63 - 1, or auto"));
   CHECK(refusal("kv.type", "f64") ==
         "kv.type = \"f64\": must be auto, f32, bf16, f16, fp8, q8_0, q4_0");
   for (const char* v : {"48", "8", "8192", "64.0", "0x40"})

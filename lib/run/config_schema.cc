@@ -54,7 +54,12 @@ Status parse(const Setting& setting, std::string_view key, std::string_view text
   int64_t value = 0;
   if (setting.unit == "bytes") {
     Result<int64_t> bytes = parse_bytes(text);
-    if (!bytes.ok()) return std::move(bytes).status().in(key).about(key);
+    if (!bytes.ok()) {
+      const Status& why = bytes.status();
+      return Status(why.code(), fmt::format("{}: {}{}", key, why.message(),
+                                            setting.takes_auto ? ", or auto" : ""))
+          .about(key);
+    }
     value = *bytes;
   } else {
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
