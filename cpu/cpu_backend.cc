@@ -163,7 +163,7 @@ void CpuBackend::rms_norm(const OpContext&, const RmsNormParams& p) noexcept {
   cpu::rms_norm(context_, p);
 }
 void CpuBackend::matmul(const OpContext& op, const MatmulParams& p) noexcept {
-  cpu::matmul(context_, op, p);
+  if (!cpu::matmul(context_, op, p)) failed_.mark(op);
 }
 void CpuBackend::heads_matmul(const OpContext& op, const HeadsMatmulParams& p) noexcept {
   cpu::heads_matmul(context_, op, p);
@@ -200,6 +200,10 @@ void CpuBackend::add(const OpContext&, const AddParams& p) noexcept {
 }
 void CpuBackend::sum_experts(const OpContext&, const SumExpertsParams& p) noexcept {
   cpu::sum_experts(context_, p);
+}
+Status CpuBackend::sync(const OpContext& op) noexcept {
+  if (!failed_.take(op)) return {};
+  return Status(Code::kMemory, "the heap has no room for the small objects of a bf16 product");
 }
 
 }  // namespace cpu

@@ -7,12 +7,13 @@
 #include <utility>
 
 #include "cpu/cpu_context.h"
+#include "cpu/failed_ops.h"
 #include "fathom/backend.hpp"
 
 namespace fathom::cpu {
 
 // Operations of several OpContexts share the threads and are served in the order of their arrival;
-// each has finished when its call returns, so sync() has nothing to wait for.
+// each has finished when its call returns, so sync() has nothing to wait for: it tells what failed.
 class CpuBackend final : public Backend {
  public:
   // Errors: as make_cpu_backend().
@@ -63,7 +64,7 @@ class CpuBackend final : public Backend {
   void add(const OpContext&, const AddParams&) noexcept override;
   bool keeps_expert_rows() const noexcept override { return true; }
   void sum_experts(const OpContext&, const SumExpertsParams&) noexcept override;
-  Status sync(const OpContext&) noexcept override { return {}; }
+  Status sync(const OpContext&) noexcept override;
 
  private:
   CpuBackend(std::string name, std::string isa_option, std::unique_ptr<ThreadPool> threads,
@@ -78,6 +79,7 @@ class CpuBackend final : public Backend {
   std::string isa_option_;
   std::unique_ptr<ThreadPool> threads_;
   CpuContext context_;
+  FailedOps failed_;
   HostAllocator allocator_;
 };
 

@@ -4,8 +4,10 @@
 
 #ifdef FATHOM_HAVE_ONEDNN
 
+#include <algorithm>
 #include <cstring>
 #include <dnnl.hpp>
+#include <mutex>
 #include <new>
 
 #include "cpu/isa.h"
@@ -74,35 +76,73 @@ struct Description {
   }
 };
 
+// What products want, once known: later answers do not depend on the heap.  Models have six shapes
+// or so; those beyond the last place are asked for again.
+class Answers {
+ public:
+  struct Shape {
+    int64_t n_rows = 0, n_cols = 0, k = 0;
+    bool operator==(const Shape&) const = default;
+  };
+  // -1: not known.
+  int64_t find(const Shape& shape) noexcept {
+    const std::lock_guard lock(mutex_);
+    Answer* const end = answers_ + n_;
+    Answer* const found =
+        std::find_if(answers_, end, [&](const Answer& answer) { return answer.shape == shape; });
+    return found == end ? -1 : found->bytes;
+  }
+  void keep(const Shape& shape, int64_t bytes) noexcept {
+    const std::lock_guard lock(mutex_);
+    if (n_ < kMost) answers_[n_++] = {shape, bytes};
+  }
+
+ private:
+  struct Answer {
+    Shape shape;
+    int64_t bytes = 0;
+  };
+  static constexpr int kMost = 64;
+  std::mutex mutex_;
+  Answer answers_[kMost];
+  int n_ = 0;
+};
+Answers answers;
+
 }  // namespace
 
 int64_t Bf16Gemm::scratch_bytes(int64_t n_rows, int64_t n_cols, int64_t k) noexcept try {
   if (n_rows == 0 || n_cols == 0 || !onednn_serves_bf16()) return 0;
+  const Answers::Shape shape{n_rows, n_cols, k};
+  if (const int64_t known = answers.find(shape); known >= 0) return known;
   const SingleThread single;  // how much scratch a product wants depends on the team
   const Description d(n_rows, n_cols, k);
-  return d.refused ? 0 : static_cast<int64_t>(d.product.scratchpad_desc().get_size());
+  if (d.refused) return 0;
+  const auto bytes = static_cast<int64_t>(d.product.scratchpad_desc().get_size());
+  answers.keep(shape, bytes);
+  return bytes;
 } catch (const dnnl::error&) {
   return 0;
 } catch (const std::bad_alloc&) {
   return 0;
 }
 
-Bf16Gemm::Bf16Gemm(int64_t n_rows, int64_t n_cols, int64_t k) noexcept try {
+Bf16Gemm::Bf16Gemm(int64_t n_rows, int64_t n_cols, int64_t k) noexcept {
   if (n_rows == 0 || n_cols == 0) {
     refused_ = false;
     return;
   }
   if (!onednn_serves_bf16()) return;
-  const SingleThread single;
-  const Description d(n_rows, n_cols, k);
-  if (d.refused) return;
-  impl_.reset(new Impl{d.engine, d.x, d.weights, d.out, d.product.scratchpad_desc(),
-                       dnnl::matmul(d.product)});
-  refused_ = false;
-} catch (const dnnl::error&) {
-  impl_.reset();
-} catch (const std::bad_alloc&) {
-  impl_.reset();
+  try {  // not around the constructor, which would throw on
+    const SingleThread single;
+    const Description d(n_rows, n_cols, k);
+    if (d.refused) return;
+    impl_.reset(new Impl{d.engine, d.x, d.weights, d.out, d.product.scratchpad_desc(),
+                         dnnl::matmul(d.product)});
+    refused_ = false;
+  } catch (const dnnl::error&) {
+  } catch (const std::bad_alloc&) {
+  }
 }
 
 Bf16Gemm::~Bf16Gemm() = default;

@@ -23,7 +23,8 @@ class Bf16Gemm {
   ~Bf16Gemm();
   Bf16Gemm(Bf16Gemm&&) noexcept;
 
-  // Scratch of such a product, without making it; 0 where it would be refused.
+  // Scratch of such a product, without making it; 0 where it would be refused.  Also 0 where the
+  // heap has nothing left to find out with; once found out, an answer is kept.
   static int64_t scratch_bytes(int64_t n_rows, int64_t n_cols, int64_t k) noexcept;
   // What oneDNN keeps for itself, for as long as the process lives, of the products of a model:
   // most of a megabyte of addresses each for generated code (a tenth of it touched), and DeepSeek's
@@ -31,10 +32,12 @@ class Bf16Gemm {
   // workspace of matmul books it.  Repeated by: cpu_onednn_test "what oneDNN keeps*"
   static constexpr int64_t kKeptBytes = int64_t{8} << 20;
 
+  // Also true when the heap refused oneDNN's small objects: of a product with scratch_bytes() above
+  // 0 it means that.
   bool refused() const noexcept { return refused_; }
   int64_t scratch_bytes() const noexcept;  // 0 when refused
   // On the calling thread.  May be called from several threads with a scratch for each.  False when
-  // oneDNN could not allocate its small objects; then `out` is to be computed by other means.
+  // the heap refused oneDNN's small objects; then `out` is undefined.
   bool run(const uint16_t* x, const uint16_t* weights, float* out,
            std::byte* scratch) const noexcept;
 

@@ -2,6 +2,7 @@
 #include "cpu/matmul.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/gemm_onednn.h"
 #include "cpu/product.h"
@@ -64,7 +65,7 @@ DenseScratch carve_dense(Workspace& space, const CpuContext& ctx, const Weight& 
   return s;
 }
 
-// False when oneDNN refuses; then nothing was written.
+// False when the heap refused oneDNN's small objects: the output is undefined.
 bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScratch& s,
                   float* panels) noexcept {
   const Weight& w = *p.w;
@@ -76,6 +77,7 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
                              Bf16Gemm(kRowBlock, last_cols, w.cols)};
   for (const Bf16Gemm& gemm : gemms)
     if (gemm.refused() || gemm.scratch_bytes() > s.gemm_bytes) return false;
+  std::atomic<bool> failed = false;
 
   ctx.threads->parallel_for(n_blocks * kRowBlock, [&](int64_t row, int) {
     if (row < p.n_rows)
@@ -90,13 +92,17 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
     const int64_t n_rows = std::min(kRowBlock, p.n_rows - block * kRowBlock);
     const int64_t n_cols = last_slice ? last_cols : kDenseCols;
     float* tile = worker_part(s.tiles, worker, kRowBlock * kDenseCols);
-    if (n_rows < kDenseRows || !gemms[last_slice].run(s.x + block * kRowBlock * w.cols,
-                                                      weights + slice * kDenseCols * w.cols, tile,
-                                                      s.gemm + worker * s.gemm_bytes))
+    if (n_rows >= kDenseRows) {
+      if (!gemms[last_slice].run(s.x + block * kRowBlock * w.cols,
+                                 weights + slice * kDenseCols * w.cols, tile,
+                                 s.gemm + worker * s.gemm_bytes))
+        failed.store(true, std::memory_order_relaxed);
+    } else {
       multiply_slice(
           ctx, Method::kPanel, w, 0, slice_at(w, kDenseCols / kGroupRows, slice),
           {.x = p.x + block * kRowBlock * p.x_stride, .x_stride = p.x_stride, .n_rows = n_rows},
           worker_part(panels, worker, kPanelFloats), tile, n_cols, false);
+    }
     for (int64_t i = 0; i < n_rows; ++i) {
       float* out = p.out + (block * kRowBlock + i) * p.out_stride + slice * kDenseCols;
       if (p.add)
@@ -105,7 +111,7 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
         std::copy_n(tile + i * n_cols, n_cols, out);
     }
   });
-  return true;
+  return !failed.load(std::memory_order_relaxed);
 }
 
 // ---- heads, transposed ----
@@ -200,15 +206,18 @@ int64_t workspace_bytes(const CpuContext& ctx, const MatmulParams& p) noexcept {
   return space.used_bytes();
 }
 
-void matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) noexcept {
-  if (p.n_rows == 0) return;
+bool matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) noexcept {
+  if (p.n_rows == 0) return true;
   const Weight& w = *p.w;
   const Method method = choose_method(ctx, w, p.n_rows, p.exact);
   Workspace space(op);
   const MatmulScratch scratch = carve(space, ctx, w, p.n_rows, 1, p.exact);
-  if (is_dense_bf16(ctx, w, p.n_rows, p.exact) &&
-      matmul_dense(ctx, p, carve_dense(space, ctx, w, p.n_rows), scratch.panels))
-    return;
+  // A workspace that was measured while the heap was too short to ask oneDNN has no room for it,
+  // and its session stays with panels.
+  if (is_dense_bf16(ctx, w, p.n_rows, p.exact) && workspace_bytes(ctx, p) <= op.workspace_bytes) {
+    const DenseScratch dense = carve_dense(space, ctx, w, p.n_rows);
+    if (dense.gemm_bytes > 0) return matmul_dense(ctx, p, dense, scratch.panels);
+  }
   Activations x{.x = p.x, .x_stride = p.x_stride, .n_rows = p.n_rows};
   if (method == Method::kInt8) {
     quantize_rows(ctx, p.x, p.x_stride, p.n_rows, w.cols, scratch.blocks);
@@ -225,6 +234,7 @@ void matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) n
                    worker_part(scratch.panels, worker, kPanelFloats),
                    p.out + row0 * p.out_stride + slice.row0, p.out_stride, p.add);
   });
+  return true;
 }
 
 int64_t workspace_bytes(const CpuContext& ctx, const HeadsMatmulParams& p) noexcept {

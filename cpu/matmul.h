@@ -20,7 +20,8 @@ int64_t workspace_bytes(const CpuContext&, const FfnParams&) noexcept;
 int64_t workspace_bytes(const CpuContext&, const ExpertsParams&) noexcept;
 
 void embed(const CpuContext&, const OpContext&, const EmbedParams&) noexcept;
-void matmul(const CpuContext&, const OpContext&, const MatmulParams&) noexcept;
+// False when the heap is too short for oneDNN's small objects: the output is undefined.
+bool matmul(const CpuContext&, const OpContext&, const MatmulParams&) noexcept;
 void heads_matmul(const CpuContext&, const OpContext&, const HeadsMatmulParams&) noexcept;
 void ffn(const CpuContext&, const OpContext&, const FfnParams&) noexcept;
 void experts(const CpuContext&, const OpContext&, const ExpertsParams&) noexcept;
