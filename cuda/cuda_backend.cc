@@ -137,6 +137,9 @@ void CudaBackend::add(const OpContext& op, const AddParams& p) noexcept {
 void CudaBackend::route(const OpContext& op, const RouteParams& p) noexcept {
   check(op, cuda::route(device_->stream(), p));
 }
+void CudaBackend::sum_experts(const OpContext& op, const SumExpertsParams& p) noexcept {
+  check(op, cuda::sum_experts(device_->stream(), p));
+}
 void CudaBackend::kv_append(const OpContext& op, const KvAppendParams& p) noexcept {
   const int64_t end = p.rows.first_row + p.rows.n_rows;
   for (int64_t row = p.rows.first_row; row < end;) {

@@ -74,6 +74,9 @@ class CudaBackend final : public Backend {
   void ffn(const OpContext&, const FfnParams&) noexcept override;
   void experts(const OpContext&, const ExpertsParams&) noexcept override;
   void add(const OpContext&, const AddParams&) noexcept override;
+  // Copies of experts have their places in reserved addresses, of which only some are backed.
+  bool keeps_expert_rows() const noexcept override { return device_->maps_addresses(); }
+  void sum_experts(const OpContext&, const SumExpertsParams&) noexcept override;
   int64_t max_top_k() const noexcept override { return kMaxTopK; }
   void top_k(const OpContext&, const TopKParams&) noexcept override;
   Status sync(const OpContext&) noexcept override;

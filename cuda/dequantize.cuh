@@ -85,7 +85,8 @@ __device__ inline void dequantize8(const WeightRow& row, int group, float (&v)[8
   } else if constexpr (kType == DType::kF8E4M3) {
     const Bytes8 codes = load_bytes8(row.codes + 8 * group);
     const float d = row.scales != nullptr ? row.scales[group / (kF8ScaleBlock / 8)] : 1.0f;
-    for (int i = 0; i < 8; ++i) v[i] = e4m3_value(uint8_t(codes[i])) * d;
+    e4m3_values8(codes.word, v);
+    for (int i = 0; i < 8; ++i) v[i] *= d;
   } else if constexpr (kType == DType::kQ8_0) {
     const Bytes8 codes = load_bytes8(row.codes + 8 * group);
     const float d = load_f16(row.meta + 2 * (group / 4));

@@ -48,6 +48,7 @@ class Device {
   virtual MemoryState memory() const noexcept = 0;
   virtual int64_t runtime_bytes() const noexcept = 0;
   virtual Result<void*> reserve(int64_t bytes) noexcept = 0;
+  virtual bool maps_addresses() const noexcept = 0;  // address() is base + offset
   virtual void* address(void* base, int64_t offset) const noexcept = 0;
   virtual Status commit(void* base, int64_t offset, int64_t bytes) noexcept = 0;
   virtual void decommit(void* base, int64_t offset, int64_t bytes) noexcept = 0;

@@ -1,5 +1,5 @@
-// Choosing experts, sorting rows by expert, and adding their results up.  The products between are
-// those of product_rows and product_tiles, by groups.
+// Choosing experts, sorting rows by expert, and adding their results up or keeping them apart.  The
+// products between are those of product_rows and product_tiles, by groups.
 #include "cuda/numbers.cuh"
 
 namespace fathom::cuda {
@@ -192,27 +192,56 @@ __global__ void sort_kernel(SortParams p) {
   }
 }
 
-// ---- combine: a thread for each value ----
+// ---- adding up: a thread for each value ----
+
+// sum += weights[k] * value(k) for k by ascending order[k], which differ; negative ones are passed
+// over.  Both kernels add by it, so that rows that were kept apart add up to the same bits.
+template <class Value>
+__device__ float add_in_order(float sum, const int32_t* order, const float* weights, int n,
+                              Value value) {
+  for (int32_t last = -1;;) {
+    int next = -1;
+    for (int k = 0; k < n; ++k)
+      if (order[k] > last && (next < 0 || order[k] < order[next])) next = k;
+    if (next < 0) return sum;
+    last = order[next];
+    sum += weights[next] * value(next);
+  }
+}
 
 __global__ void combine_kernel(CombineParams p) {
-  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, token = blockIdx.y;
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, n = p.num_experts_per_tok;
   if (c >= p.n_cols) return;
-  for (int64_t t = token; t < p.n_tokens; t += gridDim.y) {
-    const int32_t* places = p.places + t * p.num_experts_per_tok;
-    const float* weights = p.weights + t * p.num_experts_per_tok;
+  for (int64_t t = blockIdx.y; t < p.n_tokens; t += gridDim.y) {
+    const int32_t* places = p.places + t * n;  // ascend with the expert
     float& out = p.out[t * p.out_stride + p.first_col + c];
-    float sum = p.add ? out : 0.0f;
-    // Places ascend with the expert: the next one is the least above the last.
-    for (int32_t last = -1;;) {
-      int best = -1;
-      for (int k = 0; k < p.num_experts_per_tok; ++k)
-        if (places[k] > last && (best < 0 || places[k] < places[best])) best = k;
-      if (best < 0) break;
-      last = places[best];
-      sum += weights[best] * p.rows[last * p.n_cols + c];
-    }
-    out = sum;
+    out = add_in_order(p.add ? out : 0.0f, places, p.weights + t * n, int(n),
+                       [&](int k) { return p.rows[places[k] * p.n_cols + c]; });
   }
+}
+
+__global__ void sum_kernel(SumExpertsParams p) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, n = p.num_experts_per_tok;
+  if (c >= p.hidden_size) return;
+  for (int64_t t = blockIdx.y; t < p.n_tokens; t += gridDim.y)
+    p.out[t * p.hidden_size + c] =
+        add_in_order(0.0f, p.ids + t * n, p.weights + t * n, int(n),
+                     [&](int k) { return p.rows[(t * n + k) * p.hidden_size + c]; });
+}
+
+__global__ void keep_kernel(KeepRowsParams p) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= p.n_cols) return;
+  for (int64_t pair = blockIdx.y; pair < p.n_pairs; pair += gridDim.y)
+    if (const int64_t place = p.places[pair]; place >= 0)
+      p.out[pair * p.out_stride + p.first_col + c] = p.rows[place * p.n_cols + c];
+}
+
+// Blocks for values [n_rows, n_cols].
+constexpr unsigned kValueThreads = 256;
+dim3 grid_of(int64_t n_rows, int64_t n_cols) {
+  return {static_cast<unsigned>((n_cols + kValueThreads - 1) / kValueThreads),
+          static_cast<unsigned>(n_rows < 65535 ? n_rows : 65535), 1};
 }
 
 }  // namespace
@@ -232,9 +261,17 @@ int sort_by_expert(Stream stream, const SortParams& p) {
 
 int combine_experts(Stream stream, const CombineParams& p) {
   if (p.n_tokens == 0 || p.n_cols == 0) return 0;
-  const dim3 grid{static_cast<unsigned>((p.n_cols + 255) / 256),
-                  static_cast<unsigned>(p.n_tokens < 65535 ? p.n_tokens : 65535), 1};
-  return launch(combine_kernel, grid, 256, 0, stream, p);
+  return launch(combine_kernel, grid_of(p.n_tokens, p.n_cols), kValueThreads, 0, stream, p);
+}
+
+int keep_expert_rows(Stream stream, const KeepRowsParams& p) {
+  if (p.n_pairs == 0 || p.n_cols == 0) return 0;
+  return launch(keep_kernel, grid_of(p.n_pairs, p.n_cols), kValueThreads, 0, stream, p);
+}
+
+int sum_experts(Stream stream, const SumExpertsParams& p) {
+  if (p.n_tokens == 0 || p.hidden_size == 0) return 0;
+  return launch(sum_kernel, grid_of(p.n_tokens, p.hidden_size), kValueThreads, 0, stream, p);
 }
 
 }  // namespace fathom::cuda

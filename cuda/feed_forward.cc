@@ -182,6 +182,17 @@ int run_experts(Device& device, const ExpertsParams& p, bool exact,
     down.w = row_slice(*p.down, first, n);
     down.out_stride = n;
     if (int e = product(down, s.hidden)) return e;
+    if (p.rows != nullptr) {
+      if (int e = keep_expert_rows(stream, {.rows = s.results,
+                                            .places = s.sort.places,
+                                            .n_pairs = n_pairs,
+                                            .n_cols = n,
+                                            .first_col = first,
+                                            .out_stride = hidden,
+                                            .out = p.rows}))
+        return e;
+      continue;
+    }
     if (int e = combine_experts(stream, {.rows = s.results,
                                          .places = s.sort.places,
                                          .weights = p.weights,

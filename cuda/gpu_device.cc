@@ -99,6 +99,7 @@ class GpuDevice final : public Device, private ChunkedRanges::Memory {
     return kStagingBytes + kGraphBytes + context_bytes_;
   }
   Result<void*> reserve(int64_t bytes) noexcept override;
+  bool maps_addresses() const noexcept override { return ranges_; }
   void* address(void* base, int64_t offset) const noexcept override {
     return ranges_ ? static_cast<std::byte*>(base) + offset : chunks_.address(base, offset);
   }

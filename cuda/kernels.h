@@ -227,4 +227,15 @@ struct CombineParams {
 };
 int combine_experts(Stream, const CombineParams&);
 
+// out[pair, first_col + c] = rows[place, c] for the pairs whose expert is here.
+struct KeepRowsParams {
+  const float* rows;      // [n_pairs, n_cols]
+  const int32_t* places;  // [n_pairs]
+  int64_t n_pairs;
+  int64_t n_cols, first_col, out_stride;
+  float* out;
+};
+int keep_expert_rows(Stream, const KeepRowsParams&);
+int sum_experts(Stream, const SumExpertsParams&);
+
 }  // namespace fathom::cuda

@@ -94,8 +94,9 @@ __device__ inline void latent_values8(KvType type, const uint8_t* row, int rank,
       const float d = load_f32_bytes(row + group / int(kKvF8ScaleColumns / 8) * 4);
       const auto* codes = reinterpret_cast<const uint32_t*>(row + 4 * f8_scales(rank) + 8 * group);
       const uint32_t words[2] = {codes[0], codes[1]};
+      e4m3_values8(words, v);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = d * e4m3_value(uint8_t(words[i / 4] >> (8 * (i & 3))));
+      for (int i = 0; i < 8; ++i) v[i] *= d;
       return;
     }
     case KvType::kQ8_0: {

@@ -132,6 +132,40 @@ TEST_CASE("device memory: zeroed, kept, grown in place, given back", "[cuda][dev
   CHECK(gpu->memory().free_bytes >= free_before);
 }
 
+TEST_CASE("every FP8 code and f16 has its value on the device", "[cuda][device]") {
+  Pair test(Numerics::kExact);
+  for (const DType dtype : {DType::kF8E4M3, DType::kF16, DType::kBF16}) {
+    const int64_t bytes = dtype == DType::kF8E4M3 ? 1 : 2, n = int64_t{1} << (8 * bytes);
+    const int64_t cols = 256, rows = n / cols;
+    Weight weight{.dtype = dtype, .rows = rows, .cols = cols};
+    REQUIRE(test.gpu->weight_layout(weight).ok());
+    const Buffer memory(*test.gpu, nullptr, weight.matrix_bytes);
+    weight.data = memory.data<void>();
+    std::vector<uint8_t> codes(static_cast<size_t>(n * bytes));
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t b = 0; b < bytes; ++b)
+        codes[static_cast<size_t>(i * bytes + b)] = static_cast<uint8_t>(i >> (8 * b));
+    REQUIRE(test.gpu->store_rows(weight, 0, 0, rows, codes.data()).ok());
+    std::vector<int32_t> ids;
+    for (int32_t row = 0; row < rows; ++row) ids.push_back(row);
+    const Buffer out(*test.gpu, nullptr, n * 4);
+    test.gpu->embed({}, {ids.data(), rows, &weight, out.data()});
+    test.sync();
+    const std::vector<float> got = out.floats();
+    int64_t n_wrong = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const float v = got[static_cast<size_t>(i)];
+      const auto bits = static_cast<uint16_t>(i);
+      const float expected = dtype == DType::kF8E4M3 ? e4m3_to_f32(static_cast<uint8_t>(i))
+                             : dtype == DType::kF16  ? f16_to_f32(bits)
+                                                     : bf16_to_f32(bits);
+      n_wrong += std::memcmp(&v, &expected, 4) != 0 && !(std::isnan(v) && std::isnan(expected));
+    }
+    INFO(dtype_info(dtype).name);
+    CHECK(n_wrong == 0);
+  }
+}
+
 TEST_CASE("more memory than there is is refused, and the device goes on", "[cuda][device]") {
   const auto gpu = cuda_test::open_device(Numerics::kFast);
   const int64_t unit = gpu->granularity();

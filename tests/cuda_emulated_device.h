@@ -73,6 +73,7 @@ class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::M
     return cuda::kStagingBytes + cuda::kGraphBytes + kContextBytes;
   }
   Result<void*> reserve(int64_t bytes) noexcept override;
+  bool maps_addresses() const noexcept override { return maps_memory; }
   void* address(void* base, int64_t offset) const noexcept override {
     return maps_memory ? static_cast<std::byte*>(base) + offset : chunks_.address(base, offset);
   }

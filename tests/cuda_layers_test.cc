@@ -247,6 +247,72 @@ TEST_CASE("routed experts", "[cuda][layers]") {
     }
 }
 
+// What copies of experts on a card stand on: each device keeps the rows of its pairs, and their sum
+// has the bits of one device.
+TEST_CASE("rows of experts kept apart add up to the same bits", "[cuda][layers]") {
+  const auto scalar = make_scalar();
+  Rng rng(91);
+  for (const Numerics numerics : {Numerics::kExact, Numerics::kFast})
+    for (const int kind : {0, 1, 2}) {
+      const int64_t n_experts = 5;
+      const Experts e =
+          kind == 0 ? random_experts(rng, DType::kF32, DType::kF32, DType::kF32, n_experts, 76, 20)
+          : kind == 1
+              ? random_experts(rng, DType::kQ4_K, DType::kQ8_0, DType::kQ4_0, n_experts, 256, 32)
+              : random_experts(rng, DType::kF8E4M3, DType::kF8E4M3, DType::kF8E4M3, n_experts, 140,
+                               130);
+      for (const int64_t n : {0, 1, 7, 33}) {  // the last: more than a card takes as few rows
+        TestGpu gpu(numerics, kOrders[rng() % 3]);
+        const auto gate = gpu.store(e.gate), up = gpu.store(e.up), down = gpu.store(e.down);
+        const int64_t hidden = e.gate.weight.cols, k = 3;
+        std::vector<int32_t> ids;
+        for (int64_t t = 0; t < n; ++t) {  // of a token: different ones, in any order
+          int32_t all[] = {0, 1, 2, 3, 4};
+          std::shuffle(std::begin(all), std::end(all), rng);
+          ids.insert(ids.end(), all, all + k);
+        }
+        const auto weights = random_values(rng, n * k);
+        const auto x = random_values(rng, n * hidden, 1 / std::sqrt(float(hidden)));
+        constexpr float kUntouched = -77;
+        std::vector<float> expected(static_cast<size_t>(n * hidden)), sum(expected),
+            by_scalar(expected), rows(expected.size() * size_t(k), kUntouched);
+        const auto ask = [&](const std::vector<int32_t>& asked, float* out, float* kept) {
+          const ExpertsParams p{.x = x.data(),
+                                .n_tokens = n,
+                                .ids = asked.data(),
+                                .weights = weights.data(),
+                                .num_experts_per_tok = k,
+                                .gate = &gate.weight,
+                                .up = &up.weight,
+                                .down = &down.weight,
+                                .out = out,
+                                .n_experts = n_experts,
+                                .add = false,
+                                .rows = kept};
+          gpu.run(p, [&](const OpContext& op) { gpu->experts(op, p); });
+        };
+        INFO("kind " << kind << " " << name_of(numerics) << " tokens " << n);
+        ask(ids, expected.data(), nullptr);
+        for (const int32_t part : {1, 0}) {  // two devices, whatever their order
+          std::vector<int32_t> mine = ids;
+          for (int32_t& id : mine)
+            if (id % 2 != part) id = -1;
+          ask(mine, nullptr, rows.data());
+          for (size_t pair = 0; pair < ids.size() && part == 1; ++pair)
+            for (int64_t c = 0; c < hidden; ++c)
+              REQUIRE((rows[pair * size_t(hidden) + size_t(c)] == kUntouched) == (mine[pair] < 0));
+        }
+        SumExpertsParams p{rows.data(), ids.data(), weights.data(), n, k, hidden, sum.data()};
+        gpu->sum_experts({}, p);
+        gpu.finish();
+        CHECK((n == 0 || std::memcmp(sum.data(), expected.data(), sum.size() * 4) == 0));
+        p.out = by_scalar.data();
+        scalar->sum_experts({}, p);
+        check_close("sum", sum, by_scalar, 1e-6 * (size_of(by_scalar) + 1));
+      }
+    }
+}
+
 TEST_CASE("the likeliest tokens, in the sampler's order", "[cuda][layers]") {
   Rng rng(89);
   for (const Order order : kOrders)
@@ -325,4 +391,15 @@ TEST_CASE("many pairs: results of the experts are added up slice by slice",
   const cpu_test::GuardedWorkspace space(scalar->workspace_bytes(q));
   scalar->experts(space.op(), q);
   check_close("slices", a, b, 0.02 * (size_of(b) + 1));
+
+  std::vector<float> rows(static_cast<size_t>(n * k * hidden)), sum(a.size());
+  ExpertsParams kept = p;
+  kept.out = nullptr, kept.rows = rows.data();
+  gpu.run(kept, [&](const OpContext& op) { gpu->experts(op, kept); });
+  gpu->sum_experts({}, {rows.data(), ids.data(), weights.data(), n, k, hidden, sum.data()});
+  gpu.finish();
+  ExpertsParams whole = p;
+  whole.add = false;
+  gpu.run(whole, [&](const OpContext& op) { gpu->experts(op, whole); });
+  CHECK(sum == a);
 }

@@ -6,6 +6,9 @@
 // before the CPU begins, takes D alone (measured with every operation waited for), and the first
 // call that waits for it, when the CPU has finished, waits W.  Of D at least D - W ran meanwhile.
 //
+// Copies of experts in the card's idle memory (experts.cache) are left out of that, and measured by
+// themselves behind it: how many choices find one, and what a token takes then.
+//
 // The timeline is in the format of chrome://tracing and ui.perfetto.dev.
 #include <dlfcn.h>
 
@@ -28,8 +31,10 @@ namespace {
 
 constexpr double kHiddenShare = 0.5;  // of the shared expert's time
 
-Config config_of(const std::vector<std::string>& settings, const std::string& plugin) {
+Config config_of(const std::vector<std::string>& settings, const std::string& plugin,
+                 const char* copies = "0") {
   Config config;
+  must(config.set("experts.cache", copies));
   for (const std::string& setting : settings) {
     const size_t equals = setting.find('=');
     if (equals == setting.npos) test::fail(setting + " is not key=value");
@@ -42,10 +47,11 @@ Config config_of(const std::vector<std::string>& settings, const std::string& pl
   return config;
 }
 
-// Decodes n tokens behind a short text, and calls `begin` before the first of them.
-template <class Begin>
+// Decodes n tokens behind a short text, and calls `begin` before the first of them and `end` behind
+// the last.
+template <class Begin, class End>
 double decode(const std::string& path, const Config& config, const HostHooks& hooks, int64_t n,
-              Begin&& begin) {
+              Begin&& begin, End&& end) {
   const Engine engine = must(Engine::create(config, hooks));
   const Plan plan = must(engine.plan(path));
   must(plan.feasible ? Status() : Status(Code::kBudget, plan.describe()));
@@ -57,8 +63,12 @@ double decode(const std::string& path, const Config& config, const HostHooks& ho
   const auto start = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < n; ++i)
     must(session.step(static_cast<int32_t>((i * 37 + 11) % model.config().vocab_size)));
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  end(model);
+  return seconds;
 }
+constexpr auto kNothing = [](const Model&) {};
 
 // Mean seconds of the shared expert on the GPU and of the experts on the CPU, each by itself.
 struct Alone {
@@ -74,7 +84,8 @@ Alone measure_alone(const std::string& path, const Config& config, int64_t n) {
     if (op.device == 0 && op.op == "ffn") alone.shared += op.seconds, ++n_shared;
     if (op.device == 1 && op.op == "experts") alone.experts += op.seconds, ++n_experts;
   };
-  decode(path, config, hooks, n, [&] { counts = true; });
+  decode(
+      path, config, hooks, n, [&] { counts = true; }, kNothing);
   if (n_shared == 0 || n_experts == 0) test::fail("the model has no shared or no routed experts");
   // Dense layers have a network of their own as well; their time is near that of a shared expert's.
   return {alone.shared / double(n_shared), alone.experts / double(n_experts)};
@@ -126,7 +137,8 @@ int main(int argc, char** argv) {
   if (entry == nullptr) test::fail(dlerror());
   const auto take = reinterpret_cast<test::TracedCallsFunction>(entry);
   std::vector<TracedCall> calls;
-  const double seconds = decode(path, config_of(settings, traced), {}, n, [&] { take(calls); });
+  const double seconds = decode(
+      path, config_of(settings, traced), {}, n, [&] { take(calls); }, kNothing);
   take(calls);
 
   Trace timeline(calls.front().begin());
@@ -157,5 +169,19 @@ int main(int argc, char** argv) {
           100 * share),
       share >= kHiddenShare);
   test::report("timeline", argv[5]);
+
+  // A short text's idle memory: all experts that were used twice come to lie there.
+  ExpertCacheStats stats;
+  const double with = decode(
+      path, config_of(settings, plugin, "auto"), {}, 2 * n, [] {},
+      [&](const Model& model) { stats = model.expert_cache(); });
+  test::report(
+      "copies of experts on the card",
+      fmt::format(
+          "{} tokens, {:.1f} a second: {} experts copied, {:.1f} MiB held, {} of {} choices "
+          "found there",
+          2 * n, double(2 * n) / with, stats.copied, double(stats.bytes) / (1 << 20), stats.hits,
+          stats.choices),
+      stats.copied > 0 && stats.hits > 0 && stats.hits <= stats.choices);
   return 0;
 }
