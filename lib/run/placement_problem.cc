@@ -123,6 +123,23 @@ class Builder {
     return bytes;
   }
 
+  // By number of layers on a device: what its pages take beyond their rows.
+  std::vector<int64_t> page_rest(const KvLayout& kv, int64_t sessions, int64_t granularity) const {
+    const Plan& plan = in_.plan;
+    std::vector<int64_t> rest = {0};
+    for (int64_t n = 1; n <= c_.num_hidden_layers; ++n) {
+      const auto bytes = [&](int64_t unit) {
+        const auto page = [&](KvType type) {
+          return committed_bytes(kv.page_bytes(type, n), unit);
+        };
+        return plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context),
+                                    page(plan.kv_type), page(plan.kv_policy.hot_type));
+      };
+      rest.push_back(sessions * (bytes(granularity) - bytes(1)));
+    }
+    return rest;
+  }
+
   Status device(int d) {
     const auto i = static_cast<size_t>(d);
     const Backend& backend = *in_.engine.devices[i];
@@ -163,15 +180,14 @@ class Builder {
       nn::Scratch::carve(arena, c_, in_.chunk, roles);
       return arena.peak_bytes();
     };
-    const int64_t pages = plan.kv_policy.pages_for(in_.context);
-    p_.layers_scratch.push_back(
-        sessions * (carved(nn::DeviceRoles::all()) + workspace + pages * (granularity - 1)));
+    p_.layers_scratch.push_back(sessions * (carved(nn::DeviceRoles::all()) + workspace));
     p_.guests_scratch.push_back(sessions * (carved({.guests = true}) + workspace));
     p_.ends_scratch.push_back(sessions * (carved({.embed = true, .head = true}) + workspace));
 
     p_.embed_bytes.push_back(stored_bytes(w.embed));
     p_.head_bytes.push_back(c_.tie_word_embeddings ? stored_bytes(w.embed) : stored_bytes(w.head));
     const int64_t kv_bytes = sessions * pinned_kv_bytes(kv, -1);
+    p_.page_rest.push_back(page_rest(kv, sessions, granularity));
     for (size_t l = 0; l < w.layers.size(); ++l) {
       const nn::LayerWeights& layer = w.layers[l];
       p_.own_bytes[l][i] = own_weight_bytes(c_, layer) + kv_bytes;

@@ -42,6 +42,8 @@ class Descent {
   double score(const State& s) const;
   void improve(State& s) const;
   State from_shares(const std::vector<double>& shares, const std::vector<int>& order) const;
+  // Cards become evenly full, to less than an expert, where a host holds experts of their layers.
+  void even_out(State& s, double most_seconds) const;
   // Changes a few things at random, within the pins.
   void disturb(State& s, std::mt19937& rng) const;
   bool ended() const { return n_scored_ >= most_scored_; }
@@ -112,10 +114,11 @@ bool separate(const State& s) {
 PlacementCost Descent::cost(const State& s) const {
   PlacementCost out;
   out.bytes.assign(n_devices_, 0);
-  std::vector<char> has_layers(n_devices_, 0), has_guests(n_devices_, 0);
+  std::vector<size_t> n_here(n_devices_, 0);
+  std::vector<char> has_guests(n_devices_, 0);
   for (size_t l = 0; l < n_layers_; ++l) {
     const auto home = static_cast<size_t>(s.layer[l]);
-    has_layers[home] = 1;
+    ++n_here[home];
     out.bytes[home] += p_.own_bytes[l][home];
     for (size_t d = 0; d < s.experts[l].size(); ++d) {
       if (s.experts[l][d] == 0) continue;
@@ -128,7 +131,8 @@ PlacementCost Descent::cost(const State& s) const {
   if (embed != head || !p_.tied_embedding) out.bytes[embed] += p_.embed_bytes[embed];
   int64_t host = 0;
   for (size_t d = 0; d < n_devices_; ++d) {
-    if (has_layers[d])
+    if (!p_.page_rest.empty()) out.bytes[d] += p_.page_rest[d][n_here[d]];
+    if (n_here[d] > 0)
       out.bytes[d] += p_.layers_scratch[d];
     else if (has_guests[d])
       out.bytes[d] += p_.guests_scratch[d];
@@ -335,6 +339,62 @@ bool Descent::try_exchanges(State& s, double& best) const {
           any |= keep_if_better(s, std::move(changed), best);
         }
   return any;
+}
+
+// The fullest card gives an expert of its own layers to a host that has others of that layer, and the
+// emptiest takes one of its layers from there: no pass goes another way than before.
+void Descent::even_out(State& s, double most_seconds) const {
+  struct Fill {
+    size_t fullest, emptiest;
+    double spread;
+  };
+  const auto fill = [&](const PlacementCost& c) {
+    Fill out{n_devices_, n_devices_, 0};
+    double most = 0, least = 0;
+    for (size_t d = 0; d < n_devices_; ++d) {
+      if (p_.is_host[d] || p_.budget[d] <= 0) continue;
+      const double share = static_cast<double>(c.bytes[d]) / static_cast<double>(p_.budget[d]);
+      if (out.fullest == n_devices_ || share > most) most = share, out.fullest = d;
+      if (out.emptiest == n_devices_ || share < least) least = share, out.emptiest = d;
+    }
+    out.spread = most - least;
+    return out;
+  };
+  // The last layer of a card with experts on the host, where one more of `giver` may go.
+  const auto layer_of = [&](size_t card, size_t host, size_t giver) -> size_t {
+    for (size_t l = n_layers_; l-- > 0;) {
+      if (s.experts[l].empty() || static_cast<size_t>(s.layer[l]) != card) continue;
+      if (s.experts[l][host] > 0 &&
+          s.experts[l][giver] > std::max<int64_t>(1, pinned_experts(l, giver)))
+        return l;
+    }
+    return n_layers_;
+  };
+  PlacementCost now = cost(s);
+  const auto trade = [&](const Fill& before, size_t host) {
+    const size_t gives = layer_of(before.fullest, host, before.fullest);
+    const size_t takes = layer_of(before.emptiest, host, host);
+    if (gives == n_layers_ || takes == n_layers_) return false;
+    State changed = s;
+    --changed.experts[gives][before.fullest], ++changed.experts[gives][host];
+    --changed.experts[takes][host], ++changed.experts[takes][before.emptiest];
+    PlacementCost after = cost(changed);
+    if (after.bytes_over > now.bytes_over || after.makespan > most_seconds ||
+        fill(after).spread >= before.spread)
+      return false;
+    s = std::move(changed);
+    now = std::move(after);
+    return true;
+  };
+  constexpr int kMostTrades = 256;
+  bool traded = true;
+  for (int i = 0; i < kMostTrades && traded; ++i) {
+    const Fill before = fill(now);
+    if (before.fullest == before.emptiest) return;
+    traded = false;
+    for (size_t host = 0; host < n_devices_ && !traded; ++host)
+      traded = p_.is_host[host] && trade(before, host);
+  }
 }
 
 void Descent::disturb(State& s, std::mt19937& rng) const {
@@ -633,6 +693,7 @@ Placement solve_placement(const SolverProblem& p) {
         c.latency <= kMostForEven * fastest_cost.latency)
       even_score = score, best = s;
   }
+  descent.even_out(best, kMostForEven * fastest_cost.makespan);
   return descent.placement(best);
 }
 

@@ -14,7 +14,7 @@
 // device filled first), then descent by moving run boundaries, experts of a layer, embedding and
 // head, single layers and pairs of them, until no move helps; then again from around the best.  Last,
 // cards are made to work alike where that costs at most 1 % of the fastest found; full ones trade
-// experts for layers.
+// experts for layers, and single experts by way of the host until they are evenly full.
 // Against all placements of small instances: tests/run_placement_solver_test.cc.
 #pragma once
 
@@ -49,6 +49,9 @@ struct SolverProblem {
   std::vector<int64_t> layers_scratch, guests_scratch, ends_scratch;  // once, by what lives there
   std::vector<int64_t> embed_bytes, head_bytes;
   std::vector<std::vector<int64_t>> own_bytes;     // [layer][device], cache included
+  // [device][layers there] what the cache's pages take beyond own_bytes, since they are committed in
+  // whole units; empty: nothing.
+  std::vector<std::vector<int64_t>> page_rest;
   std::vector<std::vector<int64_t>> expert_bytes;  // [layer][device] of one expert; 0: dense layer
   std::vector<bool> is_host;                       // devices whose sum is bound by host_budget
   int64_t host_budget = INT64_MAX;
