@@ -185,8 +185,8 @@ class Model(nn.Module):
             s.cs = {(B, T): (f.cos().repeat(B, 1).contiguous(), f.sin().repeat(B, 1).contiguous())}
         return s.cs[(B, T)]
 
-    def forward(s, ids, tgt=None, wt=None, dtype=torch.bfloat16, last=None, keep=None):
-        """keep: so many positions have a loss, those of the largest weights (chance decides among equals)"""
+    def forward(s, ids, tgt=None, wt=None, dtype=torch.bfloat16, last=None, hidden=False):
+        """hidden: what lm_head would read, and the balance loss"""
         B, T = ids.shape
         c, sn = s.angles(B, T)
         x = s.embed_tokens(ids.flatten()).to(dtype)
@@ -204,21 +204,20 @@ class Model(nn.Module):
             x = x.view(B, T, -1)[:, -last:].reshape(B * last, -1)
             return s.lm_head(_rms(x, s.norm.weight)).view(B, last, -1)
         h = rms(x, s.norm.weight)
+        if hidden:
+            return h, aux
         if tgt is None:
             return s.lm_head(h).view(B, T, -1)
-        tgt, wt = tgt.flatten(), wt.flatten()
-        if keep:
-            at = (wt + 0.5 * torch.rand(len(wt))).topk(keep).indices
-            h, tgt, wt = h[at], tgt[at], wt[at]
-        loss, l = HeadCE.apply(h, s.lm_head.weight, tgt, wt)
+        loss, l = HeadCE.apply(h, s.lm_head.weight, tgt.flatten(), wt.flatten())
         return loss, aux, l
 
 
 class HeadCE(torch.autograd.Function):
-    """lm_head + weighted cross entropy, chunked; gradients are formed in the forward pass"""
+    """lm_head + weighted cross entropy, chunked; gradients are formed in the forward pass.
+    teacher: None, or logits whose probabilities are the target by half, tgt by the other half"""
 
     @staticmethod
-    def forward(ctx, x, W, tgt, wt):
+    def forward(ctx, x, W, tgt, wt, teacher=None):
         Wb = W.to(x.dtype)
         dW = torch.zeros(W.shape) if ctx.needs_input_grad[1] else None
         dx = torch.empty_like(x)
@@ -226,7 +225,11 @@ class HeadCE(torch.autograd.Function):
         n = wt / wt.sum()
         for i in range(0, len(x), 1024):
             sl = slice(i, i + 1024)
-            l, dl = ce(F.linear(x[sl], Wb), tgt[sl], n[sl])
+            l, dl = (
+                ce(F.linear(x[sl], Wb), tgt[sl], n[sl])
+                if teacher is None
+                else taught(F.linear(x[sl], Wb), tgt[sl], n[sl], teacher[sl])
+            )
             ls[sl] = l
             dx[sl] = dl @ Wb
             if dW is not None:
@@ -238,7 +241,7 @@ class HeadCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, _):
         dx, dW = ctx.saved_tensors
-        return dx * g.to(dx.dtype), None if dW is None else dW * g, None, None
+        return dx * g.to(dx.dtype), None if dW is None else dW * g, None, None, None
 
 
 def _ce(lg, t, n):
@@ -249,7 +252,15 @@ def _ce(lg, t, n):
     return -torch.where(oh, lp, 0.0).sum(-1), ((lp.exp() - oh.float()) * n[:, None]).to(torch.bfloat16)
 
 
-ce = both(_ce)
+def _taught(lg, t, n, teacher):
+    lg = lg.float()
+    lp = lg - lg.logsumexp(-1, keepdim=True)
+    oh = t[:, None] == torch.arange(lg.shape[-1])[None]
+    to = 0.5 * (oh.float() + teacher.float().softmax(-1))
+    return -torch.where(oh, lp, 0.0).sum(-1), ((lp.exp() - to) * n[:, None]).to(torch.bfloat16)
+
+
+ce, taught = both(_ce), both(_taught)
 
 
 def hf_state(m):

@@ -1,12 +1,12 @@
 """Texts of the third training: owners, each with a note of where its answer stands.
 
-usage: owner_corpus.py DATA dense TOKENS SEED | text TOKENS SEED | long T TOKENS SEED | general TOKENS SEED
--> DATA/owner_{dense,text,T}.npz: ids, weights (x 50), facts, questions (positions in ids; see annotate);
-general: DATA/shortSEED.ids, the mixture of the first training with more of the real documents.
+usage: owner_corpus.py DATA tight|dense|text|check TOKENS SEED | long T TOKENS SEED | general TOKENS SEED REAL
+-> DATA/owner_{tight,dense,text,check,T}.npz: ids, weights (x 50), facts, questions (positions in ids; see annotate);
+general: DATA/shortSEED.ids, the mixture of the first training with REAL percent of real documents.
 
 A question about an owner is the only one whose answer does not begin with its key: the model has to carry
 the name to the end of "Anna has the red key", and to look the key up from the colon that ends the question.
-continue_train.py rewards both steps where they happen (AUX), which no question of the other kinds needs.
+owner_train.py rewards both steps where they happen, which no question of the other kinds needs.
 """
 
 import re
@@ -60,6 +60,14 @@ def dense_doc(r):
         body.insert(r.randint(0, len(body)), w.event())
     r.shuffle(qs)
     return C.qa_turns([q[1:] for q in qs], r, " ".join(body)), facts
+
+
+def tight_doc(r):
+    """owners and questions about them, nothing else: fits a row of 128 tokens"""
+    w, used, facts = C.World(r), set(), []
+    qs = [owner(w, used, facts) for _ in range(r.randint(2, 6))]
+    body = " ".join(q[0] for q in qs)
+    return C.qa_turns([q[1:] for q in r.sample(qs, min(4, len(qs)))], r, body), facts
 
 
 def text_doc(r, chars, n_facts, n_questions):
@@ -140,10 +148,18 @@ def write(d, name, docs):
     print(name, at, "tokens,", len(out[2]), "facts,", len(out[3]), "questions", flush=True)
 
 
+DOC = {
+    "tight": tight_doc,
+    "dense": dense_doc,
+    "check": dense_doc,  # what owner_train.py measures on
+    "text": lambda r: text_doc(r, r.randint(300, 1700), r.randint(1, 6), 6),
+}
+
+
 def short(d, enc, kind, n_tokens, seed):
     r, docs, total = random.Random(seed), [], 0
     while total < n_tokens:
-        doc = dense_doc(r) if kind == "dense" else text_doc(r, r.randint(300, 1700), r.randint(1, 6), 6)
+        doc = DOC[kind](r)
         docs.append(annotate(enc, *doc))
         total += len(docs[-1][0])
     write(d, kind, docs)
@@ -177,6 +193,6 @@ if __name__ == "__main__":
         long(d, enc, *a)
     elif what == "general":
         D.short_doc = C.short_doc
-        D.pool_short(d, enc, *a, real_share=0.22)
+        D.pool_short(d, enc, *a[:2], real_share=a[2] / 100)
     else:
         short(d, enc, what, *a)

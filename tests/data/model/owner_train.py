@@ -1,18 +1,21 @@
 """The third training: owners named before the thing, on the CPU.
 
 usage: owner_train.py DATA OUT INIT PHASE...           INIT: HF folder or a checkpoint of this script (.pt)
-PHASE = what:minutes:lr_begin:lr_end:aux:owners:mix    mix = T*share,T*share...  (T: row length; share of the tokens)
-what: attention (everything else is frozen) or all.  owners: share of the rows that owner_corpus.py made; the
-others are those of the earlier trainings.  Learning rates are factors of 0.02 (Muon) and 3e-3 (AdamW).
+PHASE = minutes:lr_begin:lr_end:aux:owners:answer:mix    mix = T*share,T*share...  (T: row length; share of the tokens)
+owners: share of the rows that owner_corpus.py made, and of the loss; the others are those of the earlier
+trainings.  TEACHER: HF folder of a model whose probabilities are half of the target of those others, and to
+whose weights every step returns by the share PULL of its learning rate.
+answer: weight of an owner's name in an answer, where other text has 1 (and `hi` words 3).
+Learning rates are factors of 0.02 (Muon) and 3e-3 (AdamW).
 Minutes are those in which steps are made: a step that took longer than a minute was paused.
-RANK=0 and RANK=1: two processes of one thread each, which sum their gradients; N: tokens per step of each.
 
 `who` answers need steps that no other question needs, and the loss alone did not find them in 2 M tokens: the
 end of "Anna has the red key" must hold "Anna", the end of the question the key's words, and from there the
-fact's end must be looked up.  With aux > 0 each is rewarded where it happens: a linear probe after the second
-layer reads the name and the words, a head of that layer should look from the fact's end to the name and from
+fact's end must be looked up.  With aux > 0 each is rewarded where it happens: the name and the words are read
+from the residual stream after the second layer through a small matrix and the model's own lm_head (so that what
+one name teaches serves every name), a head of that layer should look from the fact's end to the name and from
 the question's end to the key, and a head of the last two layers from the question's end to the fact's.  The
-probes are thrown away.
+readers are thrown away.
 """
 
 import json
@@ -22,13 +25,13 @@ import sys
 import time
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import continue_train
 import corpus as C
 import model as M
 
 SECOND, LOOKING = 1, (2, 3)  # layers
+NO_NOTES = np.zeros((0, 5), np.int64), np.zeros((0, 6), np.int64)
 
 
 class Owners:
@@ -47,16 +50,13 @@ class Owners:
             j = min(int(s.begins[s.rng.randrange(len(s.begins))]), len(s.ids) - T - 1)
         cut = lambda x, col: x[slice(*np.searchsorted(x[:, col], (j, j + T - 1)))]
         f, q = cut(s.facts, 0), cut(s.questions, 0)
-        q = q[q[:, 1] >= j]
+        f, q = f[f[:, 4] >= j], q[(q[:, 1] >= j) & (q[:, 5] >= j)]
         return (
             s.ids[j : j + T + 1],
             s.weights[j : j + T + 1],
             f - np.array([[j, 0, 0, 0, j]]),
             q - np.array([[j, j, 0, 0, 0, j]]),
         )
-
-
-NO_NOTES = np.zeros((0, 5), np.int64), np.zeros((0, 6), np.int64)
 
 
 class Pools:
@@ -68,9 +68,9 @@ class Pools:
             s.open[key] = make()
         return s.open[key]
 
-    def row(s, T, owners):
-        if s.rng.random() < owners:
-            name = str(T) if T > 512 else "dense" if T <= 256 or s.rng.random() < 0.3 else "text"
+    def row(s, T, owner):
+        if owner:
+            name = str(T) if T > 512 else "tight" if T < 256 else "dense" if s.rng.random() < 0.5 else "text"
             return s.get(name, lambda: Owners(s.d, name, s.rng)).row(T)
         make = lambda: (
             continue_train.Rows(s.d, T)
@@ -80,17 +80,18 @@ class Pools:
         return *s.get(("general", T > 512 and T), make).row(T), *NO_NOTES
 
 
-class Probes(torch.nn.Module):
+class Readers(torch.nn.Module):
+    """what the residual stream says of a name, an adjective, an object"""
+
     def __init__(s, c):
         super().__init__()
-        s.name, s.adj, s.obj = (torch.nn.Linear(c["dim"], c["vocab"]) for _ in range(3))
-        for p in s.parameters():
-            torch.nn.init.zeros_(p)
+        for k in ("name", "adj", "obj"):
+            setattr(s, k, torch.nn.Parameter(torch.eye(c["dim"])))
 
-    def forward(s, x, at, words):
-        """x: residual stream; words: dict of probe name -> ids"""
-        h = F.rms_norm(x[at].float(), x.shape[-1:])
-        return sum(F.cross_entropy(getattr(s, k)(h), t) for k, t in words.items())
+    def forward(s, head, x, words):
+        """head: lm_head's weight, which learns nothing here; words: dict of reader -> ids"""
+        h = F.rms_norm(x.float(), x.shape[-1:])
+        return {k: F.cross_entropy(h @ getattr(s, k) @ head.detach().T, t) for k, t in words.items()}
 
 
 def look_loss(tap, row, begin, to, width=1):
@@ -112,47 +113,53 @@ def look_loss(tap, row, begin, to, width=1):
     return loss[best], shares[:, best].mean().item()
 
 
-def aux_loss(m, probes, notes, T):
-    """notes: of each row, (facts, questions)"""
+def gather(notes):
+    """notes: of each row, (facts, questions) -> facts, their rows, questions, their rows"""
     put = lambda k: (
         torch.from_numpy(np.concatenate([n[k] for n in notes])),
         torch.from_numpy(np.repeat(np.arange(len(notes)), [len(n[k]) for n in notes])),
     )
-    (f, f_row), (q, q_row) = put(0), put(1)
+    return *put(0), *put(1)
+
+
+def aux_loss(m, readers, notes, T):
+    f, f_row, q, q_row = gather(notes)
     if not len(f) or not len(q):
         return 0.0, {}
-    x, at, asked = m.tap[SECOND], f_row * T + f[:, 0], q_row * T + q[:, 0]
+    x = m.tap[SECOND]
     tap = lambda i: m.layers[i].self_attn.tap
-    name = (probes(x, at, {"name": f[:, 1], "adj": f[:, 2]}) + probes(x, at + 1, {"name": f[:, 1]})) / 2
-    key = probes(x, asked, {"adj": q[:, 3], "obj": q[:, 4]})
+    at = lambda row, i: x[row * T + i]
+    name = readers(m.lm_head.weight, at(f_row, f[:, 0]), {"name": f[:, 1]})["name"]
+    key = readers(m.lm_head.weight, at(q_row, q[:, 0]), {"adj": q[:, 3], "obj": q[:, 4]})
     carry, carried = look_loss(tap(SECOND), f_row, f[:, 0], f[:, 4])
     fetch, fetched = look_loss(tap(SECOND), q_row, q[:, 0], q[:, 5])
     looks = [look_loss(tap(i), q_row, q[:, 0], q[:, 1], 2) for i in LOOKING]
     look, seen = min(looks, key=lambda x: x[0].item())
-    parts = {"name": name.item(), "key": key.item(), "carried": carried, "fetched": fetched, "look": seen}
-    return name + 0.5 * key + carry + fetch + look, parts
+    parts = {"name": name.item(), "adj": key["adj"].item(), "obj": key["obj"].item()}
+    parts |= {"carried": carried, "fetched": fetched, "look": seen}
+    return name + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look, parts
 
 
-def together(parameters, seconds, n_ranks):
-    """gradients become the mean over the processes; -> so do the seconds"""
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([torch.tensor([seconds])] + [g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    flat /= n_ranks
-    for p, part in zip(parameters, flat[1:].split([p.numel() for p in parameters])):
-        p.grad = part.view_as(p)
-    return float(flat[0])
-
-
-def evaluate(m, data, enc):
+def evaluate(m, data, checks, enc):
+    """held-out loss; of owners asked for, the share whose first token is right, by the order of the fact"""
     M.FAST[0] = False
     out = {}
     with torch.no_grad():
         for nm in ("syn", "real"):
-            x = np.fromfile(f"{data}/natural.{nm}", np.uint16)[: 8 * 513].astype(np.int64).reshape(8, 513)
+            x = np.fromfile(f"{data}/natural.{nm}", np.uint16)[: 15 * 513].astype(np.int64).reshape(15, 513)
             x = torch.from_numpy(x)
-            out["nll_" + nm] = round(m(x[:, :-1], x[:, 1:], torch.ones(8, 512))[2].mean().item(), 4)
-        out["who512"] = continue_train.retrieval(m, enc, 512, 16, 556, False, ("who",))["who"]
+            out["nll_" + nm] = round(m(x[:, :-1], x[:, 1:], torch.ones(15, 512))[2].mean().item(), 4)
+        for name, T, rows in checks:
+            x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
+            _, _, q, q_row = gather([r[2:] for r in rows])
+            right = m(x[:, :-1]).argmax(-1)[q_row, q[:, 0]] == q[:, 2]
+            f = {(r, e): b for r, n in enumerate(rows) for e, *_, b in n[2].tolist()}
+            before = [int(x[r, f[r, e] - 1]) for r, e in zip(q_row.tolist(), q[:, 1].tolist())]
+            so = torch.tensor(before) == enc(" so")[-1]
+            for kind, mine in (("has", ~so), ("so", so)):
+                out[f"{name}_{kind}"] = f"{int(right[mine].sum())}/{int(mine.sum())}"
+        for L, n in ((512, 20), (2048, 5)):
+            out[f"who{L}"] = continue_train.retrieval(m, enc, L, n, 556, False, ("who",))["who"]
         out["seen512"] = continue_train.retrieval(
             m, enc, 512, 12, 555, False, ("code", "pet", "where", "home")
         )
@@ -162,90 +169,113 @@ def evaluate(m, data, enc):
 
 def main(data, out, init, *phases):
     os.makedirs(out, exist_ok=True)
-    rank, n_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("RANKS", 1))
-    if n_ranks > 1:
-        dist.init_process_group("gloo", f"file://{os.path.abspath(out)}/meet", rank=rank, world_size=n_ranks)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    torch.manual_seed(rank)
-    rng = random.Random(int(os.environ.get("SEED", 31)) + 1000 * rank)
+    torch.manual_seed(0)
+    seed = int(os.environ.get("SEED", 31))
+    rng = random.Random(seed)
     enc, pools = C.Enc(data), Pools(data, rng)
-    m, probes, saved = M.Model(), Probes(M.CFG), None
+    m, readers, saved = M.Model(), Readers(M.CFG), None
     if init.endswith(".pt"):
         saved = torch.load(init)
         m.load_state_dict(saved["m"])
     else:
         m = continue_train.load_hf(init)
     o1, o2, rest = M.optimizers(m)
-    o2.add_param_group({"params": list(probes.parameters()), "lr": 3e-3, "initial_lr": 3e-3})
+    o2.add_param_group({"params": list(readers.parameters()), "lr": 3e-3, "initial_lr": 3e-3})
     mean = {k: v.clone() for k, v in m.state_dict().items()}
-    if saved and "probes" in saved:
-        probes.load_state_dict(saved["probes"])
+    if saved and "readers" in saved:
+        readers.load_state_dict(saved["readers"])
         o1.load_state_dict(saved["o1"])
         o2.load_state_dict(saved["o2"])
         mean = saved["mean"]
+    teacher = continue_train.load_hf(os.environ["TEACHER"]) if os.environ.get("TEACHER") else None
+    pull = float(os.environ.get("PULL", 0))
     m.tap[SECOND] = None
     for i in (SECOND, *LOOKING):
         m.layers[i].self_attn.tap = []
+    check = Owners(data, "check", random.Random(5))
+    checks = [("short", 256, [check.row(256) for _ in range(24)])]
     log = open(out + "/log.jsonl", "a")
 
     def report(**what):
-        if rank:
-            return
-        what |= evaluate(m, data, enc)
+        what |= evaluate(m, data, checks, enc)
         print(what, flush=True)
         log.write(json.dumps(what) + "\n")
         log.flush()
-        state = {"m": m, "o1": o1, "o2": o2, "probes": probes}
+        state = {"m": m, "o1": o1, "o2": o2, "readers": readers}
         torch.save({k: v.state_dict() for k, v in state.items()} | {"mean": mean}, out + "/ck.tmp")
         os.replace(out + "/ck.tmp", out + "/ck.pt")
 
-    report(start=init)
+    if not os.environ.get("BRIEF"):
+        report(start=init, seed=seed)
     step = tokens = 0
     for spec in phases:
-        part, minutes, l0, l1, aux, owners, mix = spec.split(":")
-        for k, p in m.named_parameters():
-            p.requires_grad_(part == "all" or ".self_attn." in k)
-        learning = [p for p in [*m.parameters(), *probes.parameters()] if p.requires_grad]
-        minutes, l0, l1, aux, owners = map(float, (minutes, l0, l1, aux, owners))
+        minutes, l0, l1, aux, owners, answer, mix = spec.split(":")
+        minutes, l0, l1, aux, owners, answer = map(float, (minutes, l0, l1, aux, owners, answer))
         mix = [(int(a.split("*")[0]), float(a.split("*")[1])) for a in mix.split(",")]
         done, seen = {T: 0 for T, _ in mix}, {}
-        spent = since = 0.0
+        spent = since = owed = 0.0
         while spent < minutes * 60:
             begin = time.time()
             T = min(mix, key=lambda a: done[a[0]] / a[1])[0]  # the length furthest behind its share
             N = max(int(os.environ.get("N", 4096)), T)
             done[T] += N
-            rows = [pools.row(T, owners) for _ in range(N // T)]
+            owed += owners * (N // T)
+            n_owners = int(owed + 0.5)
+            owed -= n_owners
+            rows = [pools.row(T, i < n_owners) for i in range(N // T)]
+            notes = [r[2:] for r in rows]
             x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
             w = torch.from_numpy(np.stack([r[1] for r in rows]).astype(np.float32) / 50)
-            rate = min(1, (step + 1) / 30) * (l0 + (l1 - l0) * spent / minutes / 60)
+            q, q_row = gather(notes)[2:]
+            w[q_row, q[:, 0] + 1] = answer
+            rate = min(1, (step + 1) / 20) * (l0 + (l1 - l0) * spent / minutes / 60)
             for g in o1.param_groups + o2.param_groups:
                 g["lr"] = g["initial_lr"] * rate
-            keep = N // 2 if part == "attention" else None
-            loss, balance, _ = m(x[:, :-1], x[:, 1:], w[:, 1:].contiguous(), keep=keep)
-            extra, parts = aux_loss(m, probes, [r[2:] for r in rows], T) if aux else (0.0, {})
-            (loss + 0.01 * balance + aux * extra).backward()
-            took = min(60.0, time.time() - begin)
-            if n_ranks > 1:
-                took = together(learning, took, n_ranks)
+            known = None
+            known = None
+            if teacher and n_owners < len(rows):
+                with torch.no_grad():
+                    known = teacher(x[n_owners:, :-1]).flatten(0, 1)
+            h, balance = m(x[:, :-1], hidden=True)
+            loss, each = 0.01 * balance, []
+            first, last = slice(n_owners), slice(n_owners, None)
+            for part, share, probabilities in ((first, owners, None), (last, 1 - owners, known)):
+                if len(x[part]):
+                    at, to, weight = h.view(len(x), T, -1)[part], x[part, 1:], w[part, 1:]
+                    l, e = M.HeadCE.apply(
+                        at.flatten(0, 1), m.lm_head.weight, to.flatten(), weight.flatten(), probabilities
+                    )
+                    loss = loss + l * (share if 0 < n_owners < len(x) else 1)
+                    each.append(e)
+            extra, parts = aux_loss(m, readers, notes, T) if aux else (0.0, {})
+            (loss + aux * extra).backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
             o1.step()
             o2.step()
+            with torch.no_grad():
+                for p, origin in zip(m.parameters(), teacher.parameters() if pull else ()):
+                    p.lerp_(origin, pull * rate)
             m.zero_grad(set_to_none=True)
-            probes.zero_grad(set_to_none=True)
+            readers.zero_grad(set_to_none=True)
             for k, v in m.state_dict().items():
                 mean[k].lerp_(v, max(1 / 60, 1 / (step + 1)) if v.dtype.is_floating_point else 1)
             step += 1
-            tokens += N * n_ranks
-            for k, v in {T: loss.item(), **parts}.items():
-                seen.setdefault(k, []).append(v)
+            tokens += N
+            each = torch.cat(each).view(len(rows), T)
+            parts |= {f"owners{T}": each[:n_owners].mean().item(), f"others{T}": each[n_owners:].mean().item()}
+            parts["who"] = each[q_row, q[:, 0]].mean().item()
+            for k, v in parts.items():
+                if v == v:  # no mean of nothing
+                    seen.setdefault(k, []).append(v)
+            took = min(60.0, time.time() - begin)
             spent += took
             since += took
-            if step % 10 == 0 and not rank:
+            if step % 10 == 0:
                 last = {k: round(float(np.mean(v[-10:])), 3) for k, v in seen.items()}
                 print(f"{step} {spent:.0f}s", last, f"lr {rate:.3f} tokens {tokens}", flush=True)
-            if since > 400 or spent >= minutes * 60:
+            if since > 600 or spent >= minutes * 60:
                 since = 0.0
                 last = {k: round(float(np.mean(v[-40:])), 3) for k, v in seen.items()}
                 report(step=step, sec=round(spent), tokens=tokens, phase=spec, loss=last)
