@@ -51,7 +51,7 @@ TEST_CASE("the smallest machine file gets documented rates and links", "[machine
 }
 
 TEST_CASE("what a machine file says is kept, and written back", "[machine]") {
-  const MachineDescription machine = parsed(R"({"name": "bench", "devices": [
+  const MachineDescription machine = parsed(R"({"name": "bench", "expert_skew": 0.5, "devices": [
       {"name": "cuda:0", "bytes": "24G", "budget_bytes": "20G", "runtime_bytes": 1000,
        "read_bytes_per_s": 9e11, "read_bytes_per_s_by_type": {"q4_k": 7.5e11, "fp8": 8e11},
        "quantised_flops_per_s": 1e14, "dense_flops_per_s": 1.5e14, "attention_flops_per_s": 5e13,
@@ -76,6 +76,7 @@ TEST_CASE("what a machine file says is kept, and written back", "[machine]") {
   CHECK(again.devices[1].source == RateSource::kDocumented);
   CHECK(again.devices[1].threads == 24);
   CHECK(again.name == "bench");
+  CHECK(again.expert_skew == 0.5);
 }
 
 TEST_CASE("a wrong machine file is refused by the name of what is wrong", "[machine]") {
@@ -115,7 +116,9 @@ TEST_CASE("a wrong machine file is refused by the name of what is wrong", "[mach
               "links", "from device 0 to device 0"},
         Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}, {"name": "cpu:1", "bytes": 9}],
                   "links": [{"from": "cpu", "to": "cpu:1"}, {"from": "cpu:1", "to": "cpu"}]})",
-              "links", "twice"}}) {
+              "links", "twice"},
+        Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}], "expert_skew": 5})", "expert_skew",
+              "5"}}) {
     const auto machine = MachineDescription::parse(wrong.text);
     INFO(wrong.text << "\n" << machine.status().message());
     REQUIRE_FALSE(machine.ok());

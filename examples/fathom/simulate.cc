@@ -23,6 +23,7 @@ struct SimulateArgs {
 struct Measured {
   fathom::MemorySnapshot loaded, prefilled, decoded;  // peaks of each phase
   fathom::SessionTimes times;
+  fathom::ExpertCacheStats copies;
   double first_step_s = 0, last_step_s = 0;
   int64_t n_tokens = 0;
   std::string stopped;  // empty: all tokens were generated
@@ -56,6 +57,7 @@ Measured simulate(fathom::Engine& engine, const fathom::Model& model, const Simu
   end_progress_line();
   m.decoded = engine.memory();
   m.times = session.times();
+  m.copies = model.expert_cache();
   m.n_tokens = session.n_tokens();
   m.wall_s = now_seconds() - start;
   return m;
@@ -105,6 +107,12 @@ Json report_json(const fathom::Engine& engine, const fathom::Plan& plan, const M
           {"decode_tokens_per_s", rate(m.times.decode_tokens, m.times.decode_seconds)},
           {"decode_first_tokens_per_s", rate(1, m.first_step_s)},
           {"decode_last_tokens_per_s", rate(1, m.last_step_s)},
+          {"expert_cache",
+           {{"experts", m.copies.n_experts},
+            {"choices", m.copies.choices},
+            {"hits", m.copies.hits},
+            {"copied", m.copies.copied},
+            {"dropped", m.copies.dropped}}},
           {"wall_seconds", m.wall_s},
           {"devices", devices}};
 }
@@ -132,6 +140,12 @@ std::string report_text(const fathom::Engine& engine, const fathom::Plan& plan, 
       rate(t.prefill_tokens, t.prefill_seconds), rate(t.decode_tokens, t.decode_seconds),
       rate(1, m.first_step_s), rate(1, m.last_step_s),
       human_seconds(t.prefill_seconds + t.decode_seconds));
+  if (const fathom::ExpertCacheStats& c = m.copies; c.choices > 0)
+    text += fmt::format(
+        "copies of experts: {} made, {} given back, {} at the end; {:.1f} % of the experts chosen "
+        "were found among them\n",
+        with_commas(c.copied), with_commas(c.dropped), with_commas(c.n_experts),
+        100.0 * static_cast<double>(c.hits) / static_cast<double>(c.choices));
   for (size_t d = 0; d < plan.devices.size(); ++d)
     text += fmt::format("{:<8} worked {:.0f} % of the time\n", plan.devices[d].name,
                         100 * engine.busy_seconds(static_cast<int>(d)) / engine.seconds());

@@ -76,12 +76,15 @@ struct MachineDescription {
   std::string name;                  // for people; may be empty
   std::vector<MachineDevice> devices;  // at least one; the first CPU device is the host
   std::vector<MachineLink> links;    // every pair of devices once, by (from, to)
+  // Of a simulated text: how unlike the experts of a layer are used; the r-th most used is chosen with
+  // a weight of 1 / r^expert_skew.  0: all alike.  Read where copies of experts are simulated.
+  double expert_skew = 0;
 
   // Reads a description.  Keys of a device: name, kind, like, bytes, budget_bytes, runtime_bytes,
   // threads, read_bytes_per_s, read_bytes_per_s_by_type ({"q4_k": ...}), quantised_flops_per_s,
   // dense_flops_per_s, attention_flops_per_s, operation_s.  Bytes are numbers or text as "24G"; a
   // `like` of known size makes `bytes` optional.  Keys of a link ("links": [...]): from, to
-  // (names), bytes_per_s, latency_s.  Errors: kConfig, naming the key, the value and its range, and
+  // (names), bytes_per_s, latency_s.  Beside them: name, expert_skew.  Errors: kConfig, naming the key, the value and its range, and
   // for an unknown key the nearest known one; with the byte offset for malformed text.
   static Result<MachineDescription> parse(std::string_view json);
   // The same from a file.  Errors: also kNotFound, kIo.

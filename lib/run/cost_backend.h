@@ -74,6 +74,9 @@ class CostBackend : public Backend {
   void experts(const OpContext&, const ExpertsParams& p) noexcept override {
     spend(work_of(p), /*routed=*/true);
   }
+  void sum_experts(const OpContext&, const SumExpertsParams& p) noexcept override {
+    spend(work_of(p), /*routed=*/true);
+  }
   void add(const OpContext&, const AddParams& p) noexcept override { spend(work_of(p)); }
   Status sync(const OpContext&) noexcept override { return {}; }
 

@@ -146,17 +146,25 @@ Work work_of(const ExpertsParams& p) {
   const int64_t k = p.num_experts_per_tok;
   const int64_t n_experts = p.n_experts > 0 ? p.n_experts : p.gate->count;
   const double share = static_cast<double>(p.gate->count) / static_cast<double>(n_experts);
-  const double touched = share * experts_touched(p.n_tokens, k, n_experts);
+  return work_of(p, share * experts_touched(p.n_tokens, k, n_experts),
+                 share * product(p.n_tokens, k));
+}
+
+Work work_of(const ExpertsParams& p, double n_touched, double n_pairs) {
   Work work;
   for (const Weight* w : {p.gate, p.up, p.down}) {
-    const Work each = products(*w, 1, p.n_tokens * k);
-    work.weight_bytes += touched * matrix_bytes(*w);
-    work.other_bytes += share * each.other_bytes;
-    work.flops += share * each.flops;
+    const Work each = products(*w, 1, 1);
+    work.weight_bytes += n_touched * matrix_bytes(*w);
+    work.other_bytes += n_pairs * each.other_bytes;
+    work.flops += n_pairs * each.flops;
   }
   work.weight_type = p.gate->dtype;
   work.arithmetic = arithmetic_of(p.gate->dtype);
   return work;
+}
+
+Work work_of(const SumExpertsParams& p) {
+  return moved(product(p.n_tokens, (p.num_experts_per_tok + 1) * p.hidden_size) * kF32);
 }
 
 Work work_of(const AddParams& p) {

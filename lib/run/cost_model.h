@@ -48,6 +48,8 @@ Work work_of(const AttendExpandedParams&, double row_bytes);
 Work work_of(const RouteParams&);
 Work work_of(const FfnParams&);
 Work work_of(const ExpertsParams&);  // of a span: its share of the layer's
+Work work_of(const ExpertsParams&, double n_touched, double n_pairs);  // experts read, (token, k) here
+Work work_of(const SumExpertsParams&);
 Work work_of(const AddParams&);
 
 // One pass of `n_tokens` tokens behind `first_position` others.

@@ -26,6 +26,7 @@ constexpr size_t kMaxDevices = 64;
 constexpr int64_t kMaxBytes = int64_t{1} << 50;
 constexpr double kMaxRate = 1e18;   // a thousand times what a card does today
 constexpr double kMaxLatency = 10;  // seconds
+constexpr double kMaxSkew = 4;
 
 Status bad(std::string_view key, const std::string& message) {
   return Status(Code::kConfig, message).about(key);
@@ -210,9 +211,10 @@ Result<MachineDescription> MachineDescription::parse(std::string_view json) {
     return Status(Code::kConfig, fmt::format("a machine is a JSON object, found {}",
                                              io::json_type_name(root.type())))
         .at(root.offset());
-  FATHOM_TRY(check_keys(root, "machine", {"name", "devices", "links"}));
+  FATHOM_TRY(check_keys(root, "machine", {"name", "devices", "links", "expert_skew"}));
   MachineDescription machine;
   FATHOM_TRY(read_text(root, "machine", "name", machine.name));
+  FATHOM_TRY(read_number(root, "machine", "expert_skew", kMaxSkew, machine.expert_skew));
   const JsonValue devices = root.find("devices");
   if (!devices.is_array() || devices.size() == 0)
     return bad("devices", "machine: devices must be an array of at least one device")
@@ -244,6 +246,9 @@ Result<MachineDescription> MachineDescription::read(const std::string& path) {
 
 Status MachineDescription::complete() {
   if (devices.empty()) return bad("devices", "a machine has at least one device");
+  if (!(expert_skew >= 0 && expert_skew <= kMaxSkew))
+    return bad("expert_skew",
+               fmt::format("machine: expert_skew = {}: must be in [0, {}]", expert_skew, kMaxSkew));
   for (size_t d = 0; d < devices.size(); ++d) {
     MachineDevice& device = devices[d];
     Result<std::vector<std::string>> names = run::parse_devices(device.name);
@@ -383,7 +388,7 @@ std::string MachineDescription::to_json() const {
         run::json_quote(devices[static_cast<size_t>(link.from)].name),
         run::json_quote(devices[static_cast<size_t>(link.to)].name), rate_text(link.bytes_per_s),
         rate_text(link.latency_s), rate_source_name(link.source));
-  return out + "\n  ]\n}";
+  return out + fmt::format("\n  ],\n  \"expert_skew\": {}\n}}", rate_text(expert_skew));
 }
 
 }  // namespace fathom

@@ -86,6 +86,26 @@ class PredictedRows final : public nn::RowSourceOf {
   std::byte* staging_;
 };
 
+// Layers look for copies of experts and find none: what a full cache leaves of them.
+class NoCopies final : public nn::ExpertCopies {
+ public:
+  NoCopies(const Placement& placement, const nn::Weights& weights)
+      : placement_(placement), weights_(weights) {}
+  const nn::ExpertWeights* copies(size_t layer) const noexcept override {
+    const LayerPlacement& at = placement_.layers[layer];
+    const bool elsewhere = std::any_of(at.experts.begin(), at.experts.end(),
+                                       [&](const auto& e) { return e.device != at.device; });
+    return placement_.has_copies(at.device) && elsewhere ? &weights_.layers[layer].experts.front()
+                                                         : nullptr;
+  }
+  bool has(size_t, int32_t) const noexcept override { return false; }
+  void used(size_t, std::span<const int32_t>, bool, int64_t) noexcept override {}
+
+ private:
+  const Placement& placement_;
+  const nn::Weights& weights_;
+};
+
 struct Pass {
   int64_t n_tokens, first_position;
   AttentionForm form;
@@ -124,6 +144,7 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
   const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, staging);
   const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
+  NoCopies none(plan.placement, weights);
   const nn::ForwardParams params{.config = plan.model,
                                  .rope = rope,
                                  .weights = weights,
@@ -132,7 +153,8 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
                                  .staging = staging,
                                  .tokens = tokens,
                                  .sequences = {&sequence, 1},
-                                 .form = pass.form};
+                                 .form = pass.form,
+                                 .copies = &none};
   PassSeconds out;
   const bool read_at_once =
       devices[static_cast<size_t>(plan.placement.head_device)]->host_accessible();

@@ -14,6 +14,9 @@ namespace {
 // What CUDA maps at least (cuMemGetAllocationGranularity on all cards so far).
 constexpr int64_t kCudaGranularity = int64_t{2} << 20;
 
+// Copies up to this are really made: those of ids, of a pass that looks for copies of experts.
+constexpr int64_t kMostReal = nn::kCopyPairs * static_cast<int64_t>(sizeof(int32_t));
+
 // a = max(a, floor) + add; the new value.
 double advance(std::atomic<double>& a, double floor, double add) noexcept {
   double old = a.load(std::memory_order_relaxed), next;
@@ -152,17 +155,46 @@ void SimulatedBackend::release(void* base, int64_t bytes) noexcept {
   munmap(base, static_cast<size_t>(bytes));
 }
 
-Status SimulatedBackend::upload(void*, const void* host, int64_t bytes) noexcept {
+Status SimulatedBackend::upload(void* device, const void* host, int64_t bytes) noexcept {
   const int from = machine_->owner(host);
+  // Only what differs is written, so that pages of zeros stay untouched.
+  if (from < 0 && rules_ && bytes <= kMostReal &&
+      std::memcmp(device, host, static_cast<size_t>(bytes)) != 0)
+    std::memcpy(device, host, static_cast<size_t>(bytes));
   machine_->transfer(from >= 0 ? from : machine_->description().host(), index_, bytes);
   return {};
 }
 
-Status SimulatedBackend::download(void* host, const void*, int64_t bytes) noexcept {
+Status SimulatedBackend::download(void* host, const void* device, int64_t bytes) noexcept {
   const int to = machine_->owner(host);
   machine_->transfer(index_, to >= 0 ? to : machine_->description().host(), bytes);
-  if (to < 0 && bytes > 0) std::memset(host, 0, static_cast<size_t>(bytes));
+  if (to < 0 && rules_ && bytes <= kMostReal)
+    std::memcpy(host, device, static_cast<size_t>(bytes));
+  else if (to < 0 && bytes > 0)
+    std::memset(host, 0, static_cast<size_t>(bytes));
   return {};
+}
+
+void SimulatedBackend::route(const OpContext& op, const RouteParams& p) noexcept {
+  CostBackend::route(op, p);
+  if (rules_ && machine_->routing().begun())
+    machine_->routing().choose(p.n_tokens, p.num_experts_per_tok, p.ids);
+}
+
+// Where results are kept apart the ids say who has what to do; sums are over what is chosen on
+// average.
+void SimulatedBackend::experts(const OpContext& op, const ExpertsParams& p) noexcept {
+  if (p.rows == nullptr || !rules_ || !machine_->routing().begun())
+    return CostBackend::experts(op, p);
+  int64_t n_pairs = 0, n_touched = 0;
+  const int64_t all = p.n_tokens * p.num_experts_per_tok;
+  for (int64_t i = 0; i < all; ++i) {
+    if (p.ids[i] < p.first_expert || p.ids[i] >= p.first_expert + p.gate->count) continue;
+    ++n_pairs;
+    n_touched += std::find(p.ids, p.ids + i, p.ids[i]) == p.ids + i;
+  }
+  spend(work_of(p, static_cast<double>(n_touched), static_cast<double>(n_pairs)),
+        /*routed=*/true);
 }
 
 void SimulatedBackend::kv_convert(const OpContext& op, const KvConvertParams& p) noexcept {

@@ -3,6 +3,9 @@
 // tokens, and every byte and every second of it can be looked at.
 //
 // Memory is addresses: pages that nobody touches cost nothing, and what reads them sees zeros.
+// Only what the library looks at itself is really there: the experts that tokens choose, where copies
+// of experts are kept, and so copies of a few bytes from and to the host's memory.
+//
 // Time is the cost model's: each device has a clock that its operations advance; the thread that
 // runs the passes has one too, which sync() and transfers advance.  A transfer between devices is
 // done by engines of its own, beside what the devices compute.
@@ -14,6 +17,7 @@
 #include <vector>
 
 #include "cost_backend.h"
+#include "simulated_routing.h"
 
 namespace fathom::run {
 
@@ -43,6 +47,9 @@ class SimulatedMachine {
   int owner(const void* address) const noexcept;
   int64_t free_bytes(int device) const noexcept;
 
+  // Without it tokens choose nobody: experts take what they take on average.
+  SimulatedRouting& routing() noexcept { return routing_; }
+
  private:
   struct Clock {
     std::atomic<double> free_at{0};  // when the last operation ends
@@ -59,6 +66,7 @@ class SimulatedMachine {
 
   const MachineDescription machine_;
   std::vector<Clock> clocks_;
+  SimulatedRouting routing_;
   std::atomic<double> host_{0};
   mutable std::mutex mutex_;   // of what follows
   std::vector<Range> ranges_;  // sorted by address
@@ -107,6 +115,9 @@ class SimulatedBackend final : public CostBackend {
     return rules_->workspace_bytes(p);
   }
   void kv_convert(const OpContext&, const KvConvertParams& p) noexcept override;
+  void route(const OpContext&, const RouteParams& p) noexcept override;
+  void experts(const OpContext&, const ExpertsParams& p) noexcept override;
+  bool keeps_expert_rows() const noexcept override { return true; }
   Status sync(const OpContext&) noexcept override;
 
  protected:

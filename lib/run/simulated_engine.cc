@@ -23,6 +23,7 @@ Result<MachineDescription> chosen_devices(const MachineDescription& machine, Con
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
   MachineDescription chosen;
   chosen.name = machine.name;
+  chosen.expert_skew = machine.expert_skew;
   std::vector<int> index;
   for (const std::string& name : names) {
     index.push_back(machine.find(name));

@@ -20,9 +20,12 @@ class UsersCase(Case):
             self.assertLessEqual(device["peak_bytes"], plan_of["budget_bytes"], (row, device["name"]))
             for phase, numbers in device["phases"].items():
                 self.assertLessEqual(numbers["peak_bytes"], numbers["planned_bytes"], (row, device["name"], phase))
-            # The context is full at the end: nothing was planned for nothing.
-            self.assertEqual(device["phases"]["decode"]["peak_bytes"], device["phases"]["decode"]["planned_bytes"],
-                             (row, device["name"]))
+            # The context is full at the end: nothing was planned for nothing, but that copies of experts take only
+            # what whole experts fit into.
+            decode = device["phases"]["decode"]
+            self.assertGreaterEqual(decode["peak_bytes"],
+                                    decode["planned_bytes"] - plan_of["phases"]["decode"]["expert_cache"],
+                                    (row, device["name"]))
         # What was predicted is what the run took: the first step behind the prompt, and the last.
         self.assertLess(abs(used["decode_last_tokens_per_s"] / planned["predicted"]["decode_last_tokens_per_s"] - 1), 0.01)
 
