@@ -52,20 +52,23 @@ __global__ void __launch_bounds__(kTiles * 128) partial_f16_kernel(PartialParams
   const int thread = int(threadIdx.x), n_threads = kTiles * 128;
   const int lane = thread % 32, warp = thread / 32 % 4, tile = thread / 128;
   const int g = lane / 4, t = lane % 4;
+  const AttendPiece piece = block_piece(p);
   const int64_t first_column = int64_t(blockIdx.y) * (kTiles * kColumns);
-  const int64_t first_row = p.rows.first_row + int64_t(blockIdx.x) * kPartialRows;
+  const int split = int(blockIdx.x) - piece.first_split;
+  const int64_t first_row = piece.first_row + int64_t(split) * kPartialRows;
   const int64_t end_row =
-      first_row + kPartialRows < p.rows.end_row ? first_row + kPartialRows : p.rows.end_row;
-  if (!is_f16_split(p.rows, first_row, end_row)) return;  // the other kernel's
+      first_row + kPartialRows < piece.end_row ? first_row + kPartialRows : piece.end_row;
+  if (first_column >= piece.n_columns) return;                   // other texts have more
+  if (!is_f16_split(p.rows, piece, first_row, end_row)) return;  // the other kernel's
 
   if (thread < kPieces && first_row + thread * kKvTileRows < end_row)
-    pieces[thread] = kv_row(p.rows, first_row + thread * kKvTileRows);
+    pieces[thread] = kv_row(p, piece, first_row + thread * kKvTileRows);
   for (int i = thread; i < kTiles * kColumns * groups; i += n_threads) {
     const int64_t column = first_column + i / groups;
     const int c = i % groups * 8;
     uint16_t* to = queries + (i / groups) * at.stride + c;
-    const float* q = query_at(p, column, c);
-    for (int k = 0; k < 8; ++k) to[k] = column < p.n_columns ? f16_within(q[k] * p.scale) : 0;
+    const float* q = query_at(p, piece, column, c);
+    for (int k = 0; k < 8; ++k) to[k] = column < piece.n_columns ? f16_within(q[k] * p.scale) : 0;
   }
   __syncthreads();
 
@@ -92,7 +95,7 @@ __global__ void __launch_bounds__(kTiles * 128) partial_f16_kernel(PartialParams
 
   const int my_column = thread % 128 / 8, my_part = thread % 8;
   const int64_t my_global = first_column + tile * kColumns + my_column;
-  const int64_t my_position = p.first_position + my_global / p.n_heads;
+  const int64_t my_position = piece.first_position + my_global / p.n_heads;
   ColumnState state{minus_infinity(), 0};
   float out[kValueTiles][4] = {};
   const int warp_values = rank / 4;  // a multiple of 8
@@ -135,16 +138,15 @@ __global__ void __launch_bounds__(kTiles * 128) partial_f16_kernel(PartialParams
     __syncthreads();  // the stage may be filled again
   }
 
-  store_split(p, my_global, my_part == 0, state, first_column + tile * kColumns, warp * warp_values,
-              warp_values, out);
+  store_split(p, piece, split, my_global, my_part == 0, state, first_column + tile * kColumns,
+              warp * warp_values, warp_values, out);
 }
 
 template <int kTiles>
 int launch_f16_tiles(Stream stream, const PartialParams& p) {
-  const int64_t n = p.rows.end_row - p.rows.first_row;
   const dim3 grid{
-      static_cast<unsigned>((n + kPartialRows - 1) / kPartialRows),
-      static_cast<unsigned>((p.n_columns + kTiles * kColumns - 1) / (kTiles * kColumns)), 1};
+      static_cast<unsigned>(p.n_splits),
+      static_cast<unsigned>((p.most_columns + kTiles * kColumns - 1) / (kTiles * kColumns)), 1};
   return launch(partial_f16_kernel<kTiles>, grid, kTiles * 128,
                 Layout(p.rows.rank + p.rows.rope, kTiles).bytes, stream, p);
 }
@@ -152,9 +154,9 @@ int launch_f16_tiles(Stream stream, const PartialParams& p) {
 }  // namespace
 
 int attend_partial_f16(Stream stream, const PartialParams& p) {
-  if (p.rows.end_row <= p.rows.first_row || p.n_columns == 0) return 0;
+  if (p.n_splits == 0) return 0;
   const auto fits = [&](int n_tiles) {
-    return p.n_columns > (n_tiles - 1) * kColumns &&
+    return p.most_columns > (n_tiles - 1) * kColumns &&
            static_cast<int64_t>(Layout(p.rows.rank + p.rows.rope, n_tiles).bytes) <=
                p.max_shared_bytes;
   };

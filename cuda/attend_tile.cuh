@@ -31,12 +31,14 @@ __device__ inline uint32_t pair_at(const uint16_t* at) {
 }
 
 // Query of a (token, head) from value c on: latent values, then those of RoPE.
-__device__ inline const float* query_at(const PartialParams& p, int64_t column, int c) {
+__device__ inline const float* query_at(const PartialParams& p, const AttendPiece& piece,
+                                        int64_t column, int c) {
   const int64_t token = column / p.n_heads, head = column % p.n_heads;
   const int rank = p.rows.rank;
   return c < rank
-             ? p.q_latent + token * p.q_latent_token_stride + head * p.q_latent_head_stride + c
-             : p.q_rope + token * p.q_rope_token_stride + head * p.q_rope_head_stride + (c - rank);
+             ? piece.q_latent + token * p.q_latent_token_stride + head * p.q_latent_head_stride + c
+             : piece.q_rope + token * p.q_rope_token_stride + head * p.q_rope_head_stride +
+                   (c - rank);
 }
 
 // The state of the softmax of one column: eight threads share it, and each has it.
@@ -99,12 +101,13 @@ __device__ void add_rows(const uint16_t* weights, int weight_stride, const float
 
 // The split's result: state of the thread's column, and the warp's values, from first_value on, of
 // the tile that begins at tile_column.
-__device__ inline void store_split(const PartialParams& p, int64_t column, bool stores_state,
-                                   const ColumnState& state, int64_t tile_column, int first_value,
-                                   int n_values, const float (&out)[kValueTiles][4]) {
+__device__ inline void store_split(const PartialParams& p, const AttendPiece& piece, int split,
+                                   int64_t column, bool stores_state, const ColumnState& state,
+                                   int64_t tile_column, int first_value, int n_values,
+                                   const float (&out)[kValueTiles][4]) {
   const int lane = int(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-  const int64_t part = int64_t(blockIdx.x) * p.n_columns;
-  if (stores_state && column < p.n_columns) {
+  const int64_t part = piece.first_part + int64_t(split) * piece.n_columns;
+  if (stores_state && column < piece.n_columns) {
     p.max[part + column] = state.most;
     p.sum[part + column] = state.sum;
   }
@@ -113,7 +116,7 @@ __device__ inline void store_split(const PartialParams& p, int64_t column, bool 
     for (int i = 0; i < 4; ++i) {
       const int64_t to = tile_column + g + i / 2 * 8;
       const int value = first_value + n * 8 + 2 * t + i % 2;
-      if (n * 8 < n_values && to < p.n_columns)
+      if (n * 8 < n_values && to < piece.n_columns)
         p.out[(part + to) * p.rows.rank + value] = out[n][i];
     }
 }

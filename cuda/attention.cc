@@ -16,28 +16,28 @@ int64_t visible_end(const Params& p) noexcept {
 
 // ---- absorbed ----
 //
-// Splits are attended in waves whose partial results fit the workspace, and merged after each wave.
+// Splits, of one text or several, are attended in waves whose partial results fit the workspace,
+// and merged after each wave.
 
 // Columns x splits of a wave: enough blocks for the largest GPUs, and partial results that stay in
 // their second-level cache.
 constexpr int64_t kWaveColumns = 8192;
 
 struct AbsorbedScratch {
-  int64_t wave_splits;
-  float *max, *sum, *out;
+  int64_t n_parts;
+  float *max, *sum, *out;  // [n_parts], out [n_parts, kv_lora_rank]
 };
 AbsorbedScratch carve(Workspace& space, const AttendAbsorbedParams& p) noexcept {
   const int64_t n_columns = p.n_tokens * p.n_heads;
-  const int64_t room = std::max(kWaveColumns, n_columns);
   AbsorbedScratch s{};
-  s.wave_splits = n_columns > 0 ? room / n_columns : 1;
-  s.max = space.take<float>(room);
-  s.sum = space.take<float>(room);
-  s.out = space.take<float>(room * p.rows.layout.kv_lora_rank);
+  s.n_parts = std::max(kWaveColumns, n_columns);
+  s.max = space.take<float>(s.n_parts);
+  s.sum = space.take<float>(s.n_parts);
+  s.out = space.take<float>(s.n_parts * p.rows.layout.kv_lora_rank);
   return s;
 }
 
-// Partial results of the splits of a view, on tensor cores.
+// Partial results of the splits of a wave, on tensor cores.
 int attend_on_tensor_cores(Stream stream, const PartialParams& part) noexcept {
   bool f16 = false, others = false;
   for (int i = 0; i < part.rows.n_segments; ++i) {
@@ -48,6 +48,87 @@ int attend_on_tensor_cores(Stream stream, const PartialParams& part) noexcept {
     if (int e = attend_partial_f16(stream, part)) return e;
   return others ? attend_partial_mma(stream, part) : 0;
 }
+
+// What is gathered until it is run: pieces of texts, in order.
+struct Wave {
+  PartialParams part;
+  MergeParams merge;
+  int64_t n_parts;  // that the pieces take
+
+  Wave(const AttendAbsorbedParams& p, const AbsorbedScratch& s, int64_t max_shared_bytes) noexcept
+      : part{.q_latent_token_stride = p.q_latent_token_stride,
+             .q_latent_head_stride = p.q_latent_head_stride,
+             .q_rope_token_stride = p.q_rope_token_stride,
+             .q_rope_head_stride = p.q_rope_head_stride,
+             .n_heads = p.n_heads,
+             .scale = p.scale,
+             .n_pieces = 0,
+             .n_splits = 0,
+             .most_columns = 0,
+             .pieces = {},
+             .rows = {},
+             .max = s.max,
+             .sum = s.sum,
+             .out = s.out,
+             .max_shared_bytes = max_shared_bytes},
+        merge{.rank = p.rows.layout.kv_lora_rank,
+              .part_max = s.max,
+              .part_sum = s.sum,
+              .part_out = s.out,
+              .n_pieces = 0,
+              .most_columns = 0,
+              .pieces = {}},
+        n_parts(0) {}
+
+  void clear() noexcept {
+    part.n_pieces = part.n_splits = part.most_columns = part.rows.n_segments = 0;
+    merge.n_pieces = merge.most_columns = 0;
+    n_parts = 0;
+  }
+
+  // Adds rows of a text from `row` on, as many as there is room for; returns where they end, or
+  // kFull.  No rows are a piece as well: they begin and finish a state.
+  static constexpr int64_t kFull = -1;
+  int64_t add(const AttendAbsorbedParams& p, int64_t row, int64_t end,
+              int64_t most_parts) noexcept {
+    if (merge.n_pieces == kMaxPieces) return kFull;
+    const int64_t n_columns = p.n_tokens * p.n_heads;
+    const auto n = static_cast<int32_t>(n_columns);
+    int64_t reached = row, n_splits = 0;
+    if (row < end) {
+      const int64_t splits = (most_parts - n_parts) / n_columns;
+      const int32_t first_segment = part.rows.n_segments;
+      if (splits > 0)
+        reached = add_segments(p.rows, row, std::min(end, row + splits * kPartialRows),
+                               kPartialRows, part.rows);
+      if (reached == row) return kFull;
+      n_splits = (reached - row + kPartialRows - 1) / kPartialRows;
+      part.pieces[part.n_pieces++] = {.q_latent = p.q_latent,
+                                      .q_rope = p.q_rope,
+                                      .first_position = p.first_position,
+                                      .first_row = static_cast<int32_t>(row),
+                                      .end_row = static_cast<int32_t>(reached),
+                                      .first_split = part.n_splits,
+                                      .first_part = static_cast<int32_t>(n_parts),
+                                      .n_columns = n,
+                                      .first_segment = static_cast<int16_t>(first_segment),
+                                      .end_segment = static_cast<int16_t>(part.rows.n_segments)};
+      part.n_splits += static_cast<int32_t>(n_splits);
+      part.most_columns = std::max(part.most_columns, n);
+    }
+    merge.pieces[merge.n_pieces++] = {.max = p.state.max,
+                                      .sum = p.state.sum,
+                                      .out = p.out,
+                                      .first_part = static_cast<int32_t>(n_parts),
+                                      .n_splits = static_cast<int32_t>(n_splits),
+                                      .n_columns = n,
+                                      .begin = p.begin && row == p.rows.first_row,
+                                      .finish = p.finish && reached >= end};
+    merge.most_columns = std::max(merge.most_columns, n);
+    n_parts += n_splits * n_columns;
+    return reached;
+  }
+};
 
 // ---- expanded ----
 //
@@ -178,54 +259,43 @@ int64_t CudaBackend::workspace_bytes(const AttendAbsorbedParams& p) const noexce
 }
 
 void CudaBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept {
-  const int64_t n_columns = p.n_tokens * p.n_heads, end = visible_end(p);
-  if (n_columns == 0) return;
+  attend_texts(op, &p, 1);
+}
+
+void CudaBackend::attend_texts(const OpContext& op, const AttendAbsorbedParams* texts,
+                               int64_t n_texts) noexcept {
+  if (n_texts == 0) return;
+  AttendAbsorbedParams all = texts[0];
+  all.n_tokens = 0;
+  for (int64_t i = 0; i < n_texts; ++i) all.n_tokens += texts[i].n_tokens;
+  if (all.n_tokens * all.n_heads == 0) return;
   Workspace space(op);
-  const AbsorbedScratch s = carve(space, p);
-  const int64_t rank = p.rows.layout.kv_lora_rank;
+  const AbsorbedScratch s = carve(space, all);
+  const KvLayout& layout = all.rows.layout;
   const bool tensor_cores =
-      !exact() && attend_partial_mma_fits(rank, p.rows.layout.qk_rope_head_dim);
-  PartialParams part{.q_latent = p.q_latent,
-                     .q_latent_token_stride = p.q_latent_token_stride,
-                     .q_latent_head_stride = p.q_latent_head_stride,
-                     .q_rope = p.q_rope,
-                     .q_rope_token_stride = p.q_rope_token_stride,
-                     .q_rope_head_stride = p.q_rope_head_stride,
-                     .n_columns = n_columns,
-                     .n_heads = p.n_heads,
-                     .first_position = p.first_position,
-                     .scale = p.scale,
-                     .rows = {},
-                     .max = s.max,
-                     .sum = s.sum,
-                     .out = s.out,
-                     .max_shared_bytes = device_->max_shared_bytes()};
-  MergeParams merge{.n_splits = 0,
-                    .n_columns = n_columns,
-                    .rank = rank,
-                    .part_max = s.max,
-                    .part_sum = s.sum,
-                    .part_out = s.out,
-                    .max = p.state.max,
-                    .sum = p.state.sum,
-                    .out = p.out,
-                    .begin = p.begin,
-                    .finish = false};
-  int64_t row = p.rows.first_row;
-  do {  // once at least: the state begins and finishes even when no row is seen
-    merge.n_splits = 0;
-    if (row < end) {
-      const int64_t wave_end = std::min(end, row + s.wave_splits * kPartialRows);
-      const int64_t next = make_view(p.rows, row, wave_end, kPartialRows, part.rows);
-      merge.n_splits = (next - row + kPartialRows - 1) / kPartialRows;
-      check(op, tensor_cores ? attend_on_tensor_cores(device_->stream(), part)
-                             : attend_partial_exact(device_->stream(), part));
-      row = next;
-    }
-    merge.finish = p.finish && row >= end;
-    check(op, attend_merge(device_->stream(), merge));
-    merge.begin = false;
-  } while (row < end);
+      !exact() && attend_partial_mma_fits(layout.kv_lora_rank, layout.qk_rope_head_dim);
+  Wave wave(all, s, device_->max_shared_bytes());
+  const auto run = [&] {
+    check(op, tensor_cores ? attend_on_tensor_cores(device_->stream(), wave.part)
+                           : attend_partial_exact(device_->stream(), wave.part));
+    check(op, attend_merge(device_->stream(), wave.merge));
+    wave.clear();
+  };
+  for (int64_t i = 0; i < n_texts; ++i) {
+    const AttendAbsorbedParams& p = texts[i];
+    if (p.n_tokens == 0) continue;
+    const int64_t end = visible_end(p);
+    int64_t row = p.rows.first_row;
+    do {  // once at least: the state begins and finishes even when no row is seen
+      int64_t reached = wave.add(p, row, end, s.n_parts);
+      if (reached == Wave::kFull) {
+        run();
+        reached = wave.add(p, row, end, s.n_parts);
+      }
+      row = reached;
+    } while (row < end);
+  }
+  run();
 }
 
 int64_t CudaBackend::workspace_bytes(const AttendExpandedParams& p) const noexcept {

@@ -46,6 +46,8 @@ class CudaBackend final : public Backend {
   Status download(void* host, const void* device, int64_t bytes) noexcept override {
     return device_->download(host, device, bytes);
   }
+  void pin_host(void* host, int64_t bytes) noexcept override { device_->pin_host(host, bytes); }
+  void unpin_host(void* host, int64_t bytes) noexcept override { device_->unpin_host(host, bytes); }
 
   Status weight_layout(Weight& weight) const noexcept override;
   Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
@@ -69,6 +71,8 @@ class CudaBackend final : public Backend {
   void kv_append(const OpContext&, const KvAppendParams&) noexcept override;
   void kv_convert(const OpContext&, const KvConvertParams&) noexcept override;
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept override;
+  void attend_texts(const OpContext&, const AttendAbsorbedParams* texts,
+                    int64_t n_texts) noexcept override;
   void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept override;
   void route(const OpContext&, const RouteParams&) noexcept override;
   void ffn(const OpContext&, const FfnParams&) noexcept override;

@@ -57,6 +57,9 @@ class Device {
   // Copies in the order of the stream, finished on return.
   virtual Status upload(void* device, const void* host, int64_t bytes) noexcept = 0;
   virtual Status download(void* host, const void* device, int64_t bytes) noexcept = 0;
+  // As the functions of Backend; copies are known to be from pinned memory by its addresses.
+  virtual void pin_host(void* host, int64_t bytes) noexcept = 0;
+  virtual void unpin_host(void* host, int64_t bytes) noexcept = 0;
   // Pinned memory for uploads, kStagingBytes; whoever uses it holds a lock of the backend.
   virtual std::byte* staging() noexcept = 0;
 

@@ -17,6 +17,7 @@
 #include "cuda/gpu_gemm.h"
 #include "cuda/gpu_launcher.h"
 #include "cuda/gpu_usage.h"
+#include "cuda/pinned_host.h"
 
 namespace fathom::cuda {
 namespace {
@@ -74,7 +75,9 @@ std::string text_of(cudaError_t e) {
 }
 
 // The device is also where chunks come from, for drivers without address ranges.
-class GpuDevice final : public Device, private ChunkedRanges::Memory {
+class GpuDevice final : public Device,
+                        private ChunkedRanges::Memory,
+                        private PinnedHost::Pinner {
  public:
   static Result<std::unique_ptr<Device>> open(int index, std::string name);
   ~GpuDevice() override;
@@ -83,12 +86,12 @@ class GpuDevice final : public Device, private ChunkedRanges::Memory {
   std::string describe() const override {
     return fmt::format(
         "{}: {}, sm_{}{}, {} multiprocessors, driver for CUDA {}.{}, {}, memory by {}, context {} "
-        "MiB{}",
+        "MiB{}, {} MiB of the host's memory pinned",
         name_, properties_.name, properties_.major, properties_.minor,
         properties_.multiProcessorCount, driver_version_ / 1000, driver_version_ % 1000 / 10,
         library_->version(),
         ranges_ ? "address ranges" : "chunks (no virtual memory management)",
-        context_bytes_ >> 20, context_measured_ ? "" : " (assumed)");
+        context_bytes_ >> 20, context_measured_ ? "" : " (assumed)", pinned_.held_bytes() >> 20);
   }
   int64_t max_shared_bytes() const noexcept override {
     return static_cast<int64_t>(properties_.sharedMemPerBlockOptin);
@@ -108,6 +111,8 @@ class GpuDevice final : public Device, private ChunkedRanges::Memory {
   void release(void* base, int64_t bytes) noexcept override;
   Status upload(void* device, const void* host, int64_t bytes) noexcept override;
   Status download(void* host, const void* device, int64_t bytes) noexcept override;
+  void pin_host(void* host, int64_t bytes) noexcept override { pinned_.pin(host, bytes); }
+  void unpin_host(void* host, int64_t bytes) noexcept override { pinned_.unpin(host, bytes); }
   std::byte* staging() noexcept override { return staging_; }
   LaunchQueue& queue() noexcept override { return *queue_; }
   int gemm(const GemmParams& p) noexcept override {
@@ -130,6 +135,18 @@ class GpuDevice final : public Device, private ChunkedRanges::Memory {
     return cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice,
                            stream_) == cudaSuccess &&
            cudaStreamSynchronize(stream_) == cudaSuccess;
+  }
+
+  // For all devices of the process: another one may hold a text's layers.
+  bool pin(void* host, int64_t bytes) noexcept override {
+    const bool pinned = use() == cudaSuccess &&
+                        cudaHostRegister(host, static_cast<size_t>(bytes),
+                                         cudaHostRegisterPortable) == cudaSuccess;
+    if (!pinned) cudaGetLastError();
+    return pinned;
+  }
+  void unpin(void* host) noexcept override {
+    if (use() != cudaSuccess || cudaHostUnregister(host) != cudaSuccess) cudaGetLastError();
   }
 
   // The runtime's current device belongs to the thread.
@@ -168,6 +185,7 @@ class GpuDevice final : public Device, private ChunkedRanges::Memory {
   static constexpr int64_t kChunkGranularity = int64_t{2} << 20;
   int64_t granularity_ = kChunkGranularity;
   ChunkedRanges chunks_{*this, kChunkGranularity};  // where there are no ranges
+  PinnedHost pinned_{*this};
 
   // What is mapped, by address, one piece for each granule: a mapping is undone whole or not at
   // all, and commits may be given back in parts.
@@ -197,8 +215,13 @@ Result<std::unique_ptr<Device>> GpuDevice::open(int index, std::string name) {
     return d->failed("asking for the driver's version", e);
   if (d->driver_version_ == 0)
     return Status(Code::kDevice, fmt::format("{}: no NVIDIA driver is installed", d->name_));
-  if (cudaError_t e = cudaGetDeviceCount(&count); e != cudaSuccess)
-    return d->failed("counting the GPUs", e);
+  const cudaError_t counted = cudaGetDeviceCount(&count);
+  if (counted == cudaErrorInsufficientDriver)
+    return Status(Code::kDevice,
+                  fmt::format("{}: the driver is for CUDA {}.{}, this plug-in for {}.{}: {}",
+                              d->name_, d->driver_version_ / 1000, d->driver_version_ % 1000 / 10,
+                              CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10, text_of(counted)));
+  if (counted != cudaSuccess) return d->failed("counting the GPUs", counted);
   if (index >= count)
     return Status(Code::kNotFound, fmt::format("{}: this machine has {} GPU{}, numbered from 0",
                                                d->name_, count, count == 1 ? "" : "s"));
@@ -241,6 +264,7 @@ Result<std::unique_ptr<Device>> GpuDevice::open(int index, std::string name) {
 }
 
 GpuDevice::~GpuDevice() {
+  pinned_.unpin_all();
   if (use() != cudaSuccess) return;  // the driver is gone, and all memory with it
   if (stream_ != nullptr) {
     cudaStreamSynchronize(stream_);

@@ -117,11 +117,14 @@ struct KvSegment {
   int32_t latent_bytes, rope_bytes;
   KvType type;
 };
-struct KvView {
+struct KvTable {
   static constexpr int kMaxSegments = 32;
   KvSegment segments[kMaxSegments];
   int32_t n_segments;
   int32_t page_tokens, rank, rope;
+};
+// Rows of one text.
+struct KvView : KvTable {
   int64_t first_row, end_row;
 };
 
@@ -151,15 +154,28 @@ int decode_rows(Stream, const DecodeRowsParams&);
 inline constexpr int64_t kPartialRows = 256;
 static_assert(kKvSplitRows % kPartialRows == 0);
 
+// Rows of one text and the queries that attend to them; column = token * n_heads + head.  Several
+// texts go in one launch: their splits follow each other as blocks, their results as parts.
+struct AttendPiece {
+  const float *q_latent, *q_rope;  // of the first token
+  int64_t first_position;
+  int32_t first_row, end_row;  // first_row is a multiple of kPartialRows
+  int32_t first_split;         // its blocks in the launch begin there
+  int32_t first_part;          // of split s and column c: first_part + s * n_columns + c
+  int32_t n_columns;
+  int16_t first_segment, end_segment;  // of the table
+};
+inline constexpr int kMaxPieces = 16;
+
 struct PartialParams {
-  const float* q_latent;
   int64_t q_latent_token_stride, q_latent_head_stride;
-  const float* q_rope;
   int64_t q_rope_token_stride, q_rope_head_stride;
-  int64_t n_columns, n_heads, first_position;  // column = token * n_heads + head
+  int64_t n_heads;
   float scale;
-  KvView rows;               // first_row is a multiple of kPartialRows
-  float *max, *sum, *out;    // [n_splits, n_columns], out [n_splits, n_columns, rank]
+  int32_t n_pieces, n_splits, most_columns;  // splits of all pieces, columns of the widest
+  AttendPiece pieces[kMaxPieces];
+  KvTable rows;
+  float *max, *sum, *out;    // [n_parts], out [n_parts, rank]
   int64_t max_shared_bytes;  // that a block of this device can have
 };
 // Attention over each split by itself: one partial result per split and column.  Of the two for
@@ -170,11 +186,17 @@ int attend_partial_f16(Stream, const PartialParams&);
 int attend_partial_mma(Stream, const PartialParams&);
 bool attend_partial_mma_fits(int64_t rank, int64_t rope) noexcept;
 
-struct MergeParams {
-  int64_t n_splits, n_columns, rank;
-  const float *part_max, *part_sum, *part_out;
-  float *max, *sum, *out;
+// The running state of a text's columns, and the parts to merge into it.
+struct MergePiece {
+  float *max, *sum, *out;  // [n_columns], out [n_columns, rank]
+  int32_t first_part, n_splits, n_columns;
   bool begin, finish;
+};
+struct MergeParams {
+  int64_t rank;
+  const float *part_max, *part_sum, *part_out;
+  int32_t n_pieces, most_columns;
+  MergePiece pieces[kMaxPieces];
 };
 int attend_merge(Stream, const MergeParams&);
 

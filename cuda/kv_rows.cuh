@@ -12,28 +12,43 @@ struct KvRow {
   KvType type;
 };
 
-__device__ inline KvRow kv_row(const KvView& v, int64_t row) {
+// Of the text whose segments are [first, end).
+__device__ inline KvRow kv_row(const KvTable& v, int first, int end, int64_t row) {
   const auto page = int32_t(row / v.page_tokens);
-  int s = 0;
-  while (s + 1 < v.n_segments && page >= v.segments[s + 1].first_page) ++s;
+  int s = first;
+  while (s + 1 < end && page >= v.segments[s + 1].first_page) ++s;
   const KvSegment& segment = v.segments[s];
   const int64_t in_page = row % v.page_tokens;
   uint8_t* slot = segment.latent + (page - segment.first_page) * segment.page_stride;
   return {slot + in_page * segment.latent_bytes,
           slot + segment.rope_at + in_page * segment.rope_bytes, segment.type};
 }
+__device__ inline KvRow kv_row(const KvView& v, int64_t row) {
+  return kv_row(v, 0, v.n_segments, row);
+}
+__device__ inline KvRow kv_row(const PartialParams& p, const AttendPiece& piece, int64_t row) {
+  return kv_row(p.rows, piece.first_segment, piece.end_segment, row);
+}
 
-// All pages of rows [first, end) are f16.
-__device__ inline bool is_f16_split(const KvView& v, int64_t first, int64_t end) {
+// All pages of rows [first, end) of the piece are f16.
+__device__ inline bool is_f16_split(const KvTable& v, const AttendPiece& piece, int64_t first,
+                                    int64_t end) {
   const auto first_page = int32_t(first / v.page_tokens),
              last_page = int32_t((end - 1) / v.page_tokens);
-  for (int s = 0; s < v.n_segments; ++s) {
+  for (int s = piece.first_segment; s < piece.end_segment; ++s) {
     const KvSegment& segment = v.segments[s];
     const bool covers =
         segment.first_page <= last_page && segment.first_page + segment.n_pages > first_page;
     if (covers && segment.type != KvType::kF16) return false;
   }
   return true;
+}
+
+// The piece of a block of attention, blockIdx.x counting the splits of all.
+__device__ inline AttendPiece block_piece(const PartialParams& p) {
+  int i = 0;
+  while (i + 1 < p.n_pieces && int(blockIdx.x) >= p.pieces[i + 1].first_split) ++i;
+  return p.pieces[i];
 }
 
 // Four bytes at any alignment.

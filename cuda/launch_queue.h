@@ -111,7 +111,8 @@ class LaunchQueue final : public LaunchSink {
   Counts counts_;
 };
 
-// Booked with the device's runtime: a node with its parameters is below two KiB.
+// Booked with the device's runtime: nodes with their parameters are below two KiB on average; those
+// of attention, one or two of some twenty of a layer, have three.
 inline constexpr int64_t kGraphBytes = int64_t{LaunchQueue::kMaxNodes} * 2048;
 
 }  // namespace fathom::cuda

@@ -260,6 +260,96 @@ TEST_CASE("absorbed attention: same bits for any pages, calls and waves",
   }
 }
 
+namespace {
+
+struct Texts {
+  KvLayout layout;
+  int64_t n_heads, n_texts;
+  bool together;
+  int64_t n_launches;  // of a batch in f16 pages; -1: more than one wave
+  int64_t depth = 0;   // 0: any
+};
+
+// A batch's step: texts of any depth and page types at once.
+void check_texts(Rng& rng, const Texts& s, Numerics numerics, bool mixed) {
+  const auto scalar = make_scalar();
+  TestGpu gpu(numerics, kOrders[rng() % 3]);
+  const int64_t rank = s.layout.kv_lora_rank, rope = s.layout.qk_rope_head_dim;
+  const int64_t head_stride = rank + rope + 3, columns = s.n_heads;
+  std::vector<Cache> caches;
+  std::vector<int64_t> n_tokens, first;
+  int64_t all = 0;
+  for (int64_t i = 0; i < s.n_texts; ++i) {
+    n_tokens.push_back(i % 4 == 3 ? 2 : 1);
+    const int64_t depth = s.depth > 0 ? s.depth + i : i == 0 ? 600 : 1 + int64_t(rng() % 400);
+    std::vector<KvType> types = {KvType::kF16};
+    if (!s.together) types.push_back(KvType::kBF16);  // a segment for every page
+    if (mixed) types = {kTypes[i % 6], kTypes[i % 6], kTypes[i * 5 % 6]};
+    caches.emplace_back(s.layout, types, depth + n_tokens.back(), 1, s.together);
+    append(*scalar, random_input(rng, s.layout, caches.back().n_rows), caches.back(), 0,
+           caches.back().n_rows, 0);
+    first.push_back(all);
+    all += n_tokens.back();
+  }
+  const auto q = random_values(rng, all * columns * head_stride);
+  std::vector<float> out(static_cast<size_t>(all * columns * rank), -3.0f), alone = out;
+  std::vector<float> max(static_cast<size_t>(all * columns), 9.0f), sum(max), max1(max), sum1(max);
+  const auto text = [&](int64_t i, std::vector<float>& o, std::vector<float>& m,
+                        std::vector<float>& u) -> AttendAbsorbedParams {
+    const auto at = static_cast<size_t>(i);
+    const int64_t column = first[at] * columns;
+    return {.q_latent = q.data() + column * head_stride,
+            .q_latent_token_stride = columns * head_stride,
+            .q_latent_head_stride = head_stride,
+            .q_rope = q.data() + column * head_stride + rank,
+            .q_rope_token_stride = columns * head_stride,
+            .q_rope_head_stride = head_stride,
+            .n_tokens = n_tokens[at],
+            .n_heads = columns,
+            .first_position = caches[at].n_rows - n_tokens[at],
+            .scale = 0.3f / std::sqrt(static_cast<float>(rank)),
+            .rows = caches[at].rows(0, caches[at].n_rows),
+            .state = {m.data() + column, u.data() + column},
+            .out = o.data() + column * rank};
+  };
+  std::vector<AttendAbsorbedParams> texts;
+  for (int64_t i = 0; i < s.n_texts; ++i) {
+    texts.push_back(text(i, out, max, sum));
+    const AttendAbsorbedParams p = text(i, alone, max1, sum1);
+    gpu.run(p, [&](const OpContext& op) { gpu->attend_absorbed(op, p); });
+  }
+  AttendAbsorbedParams whole = texts[0];
+  whole.n_tokens = all;
+  const int64_t before = gpu.device().graphs.n_launches;
+  gpu.run(whole, [&](const OpContext& op) { gpu->attend_texts(op, texts.data(), s.n_texts); });
+  const int64_t n_launches = gpu.device().graphs.n_launches - before;
+  INFO(name_of(numerics) << " " << s.n_texts << " texts of " << s.n_heads << " heads, "
+                         << n_launches << " launches");
+  CHECK(std::memcmp(out.data(), alone.data(), out.size() * 4) == 0);
+  CHECK(std::memcmp(max.data(), max1.data(), max.size() * 4) == 0);
+  CHECK(std::memcmp(sum.data(), sum1.data(), sum.size() * 4) == 0);
+  if (!mixed) CHECK((s.n_launches > 0 ? n_launches == s.n_launches : n_launches > 3));
+  CHECK(n_launches <= 4 * s.n_texts);
+}
+
+}  // namespace
+
+TEST_CASE("several texts at once have the bits of each by itself", "[cuda][attention]") {
+  Rng rng(78);
+  const Texts shapes[] = {{{16, 32, 16}, 4, 5, true, 3},
+                          {{16, 64, 16}, 20, 1, true, 3},
+                          {{16, 32, 16}, 2, 20, true, -1},  // more than the pieces of a wave
+                          {{16, 32, 16}, 3, 7, false, -1},  // more segments than a wave's table
+                          {{32, 40, 6}, 3, 4, true, 3}};    // not for tensor cores
+  for (const Numerics numerics : {Numerics::kExact, Numerics::kFast})
+    for (const Texts& s : shapes)
+      for (const bool mixed : {false, true}) check_texts(rng, s, numerics, mixed);
+}
+TEST_CASE("several texts with more partial results than a wave holds", "[cuda][attention][slow]") {
+  Rng rng(79);
+  check_texts(rng, {{16, 32, 16}, 1000, 5, true, -1, 300}, Numerics::kFast, false);
+}
+
 TEST_CASE("expanded attention over pages of every type", "[cuda][attention]") {
   const auto scalar = make_scalar();
   Rng rng(76);

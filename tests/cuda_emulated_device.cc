@@ -38,6 +38,7 @@ struct Graph {
 
 int EmulatedGraphs::run(const cuda::KernelLaunch& l) noexcept {
   if (launches_until_refusal >= 0 && launches_until_refusal-- == 0) return kRefused;
+  ++n_launches;
   l.emulate(l);
   return 0;  // what a kernel does wrong shows when it is waited for
 }
@@ -85,7 +86,22 @@ EmulatedDevice::EmulatedDevice(std::string name, std::shared_ptr<EmulatedMemory>
   memory_->committed += kContextBytes;
 }
 
+std::string EmulatedDevice::describe() const {
+  return name_ + ": emulated on the host, " + std::to_string(pinned_.held_bytes()) +
+         " bytes of it pinned, " + std::to_string(pinned_copies_.load()) + " copies from there";
+}
+
+// The system locks the memory, and so refuses what is not mapped.
+bool EmulatedDevice::pin(void* host, int64_t bytes) noexcept {
+  return msync(host, static_cast<size_t>(bytes), MS_ASYNC) == 0;
+}
+// Memory must not be given back before.
+void EmulatedDevice::unpin(void* host) noexcept {
+  if (msync(host, 4096, MS_ASYNC) != 0) std::abort();
+}
+
 EmulatedDevice::~EmulatedDevice() {
+  pinned_.unpin_all();
   memory_->committed -= kContextBytes;
 }
 
@@ -154,6 +170,7 @@ Status EmulatedDevice::transfer(void* to, const void* from, int64_t bytes) noexc
   return {};
 }
 Status EmulatedDevice::upload(void* device, const void* host, int64_t bytes) noexcept {
+  pinned_copies_ += pinned_.holds(host, bytes);
   return transfer(device, host, bytes);
 }
 Status EmulatedDevice::download(void* host, const void* device, int64_t bytes) noexcept {

@@ -15,6 +15,7 @@
 #include "cuda/cuda_backend.h"
 #include "cuda/device.h"
 #include "cuda/emulation.h"
+#include "cuda/pinned_host.h"
 
 namespace fathom::test {
 
@@ -31,6 +32,7 @@ class EmulatedGraphs final : public cuda::GraphDriver {
   int64_t launches_until_refusal = -1;
   bool makes_graphs = true, updates_graphs = true;
   int64_t n_graphs() const noexcept { return n_graphs_; }
+  int64_t n_launches = 0;  // by themselves
 
   int run(const cuda::KernelLaunch&) noexcept override;
   void* make(std::span<const cuda::KernelLaunch>) noexcept override;
@@ -43,7 +45,9 @@ class EmulatedGraphs final : public cuda::GraphDriver {
 };
 
 // Reserved addresses fault until they are committed; committed memory is zeroed.
-class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::Memory {
+class EmulatedDevice final : public cuda::Device,
+                             private cuda::ChunkedRanges::Memory,
+                             private cuda::PinnedHost::Pinner {
  public:
   explicit EmulatedDevice(std::string name = "cuda:0", std::shared_ptr<EmulatedMemory> memory =
                                                            std::make_shared<EmulatedMemory>());
@@ -63,7 +67,7 @@ class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::M
   int64_t gemms() const noexcept { return gemms_; }
 
   std::string_view name() const noexcept override { return name_; }
-  std::string describe() const override { return name_ + ": emulated on the host"; }
+  std::string describe() const override;
   int64_t max_shared_bytes() const noexcept override { return 227 << 10; }
   int64_t granularity() const noexcept override { return kGranularity; }
   MemoryState memory() const noexcept override {
@@ -82,6 +86,8 @@ class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::M
   void release(void* base, int64_t bytes) noexcept override;
   Status upload(void* device, const void* host, int64_t bytes) noexcept override;
   Status download(void* host, const void* device, int64_t bytes) noexcept override;
+  void pin_host(void* host, int64_t bytes) noexcept override { pinned_.pin(host, bytes); }
+  void unpin_host(void* host, int64_t bytes) noexcept override { pinned_.unpin(host, bytes); }
   std::byte* staging() noexcept override { return staging_.get(); }
   cuda::LaunchQueue& queue() noexcept override { return queue_; }
   int gemm(const cuda::GemmParams&) noexcept override;
@@ -96,11 +102,16 @@ class EmulatedDevice final : public cuda::Device, private cuda::ChunkedRanges::M
     return true;
   }
 
+  bool pin(void* host, int64_t bytes) noexcept override;
+  void unpin(void* host) noexcept override;
+
   const std::string name_;
   const std::shared_ptr<EmulatedMemory> memory_;
   static constexpr int64_t kGranularity = 64 << 10;
   std::map<void*, int64_t> sizes_;  // of chunks
   cuda::ChunkedRanges chunks_{*this, kGranularity};
+  cuda::PinnedHost pinned_{*this};
+  std::atomic<int64_t> pinned_copies_{0};  // uploads from pinned memory
   int64_t gemms_ = 0;
   std::map<void*, int64_t> ranges_;  // committed bytes by reservation
   std::unique_ptr<std::byte[]> staging_;

@@ -279,6 +279,54 @@ TEST_CASE(
   }
 }
 
+TEST_CASE("a batch of texts is attended at once and has the bits of each alone", "[cuda][plugin]") {
+  int64_t n_attended = 0;
+  HostHooks hooks;
+  hooks.op = [&](const OpTime& op) { n_attended += op.op == "attend_absorbed"; };
+  const std::string folder = test::test_data("models/tiny-v2-lite");
+  const test::Settings common{{"context.max", "600"}, {"sessions.max", "5"}};
+  const Model model = test::load_model(folder, settings("cuda:0,cpu", common));
+  const Result<Engine> watched =
+      Engine::create(test::config_of(settings("cuda:0,cpu", common)), hooks);
+  REQUIRE(watched.ok());
+  const Result<Model> counted = Model::load(*watched, std::move(watched->plan(folder)).value());
+  REQUIRE(counted.ok());
+  const auto begin = [](const Model& m, int32_t i) {
+    Session session = test::new_session(m);
+    test::require_ok(session.prefill(std::vector<int32_t>(static_cast<size_t>(2 + 5 * i), i)));
+    return session;
+  };
+  constexpr int32_t kTexts = 4, kSteps = 4;
+  std::vector<Session> batch, alone, observed;
+  for (int32_t i = 0; i < kTexts; ++i) batch.push_back(begin(model, i));
+  for (int32_t step = 0; step < kSteps; ++step) {
+    std::vector<int32_t> tokens;
+    std::vector<Session*> all;
+    for (int32_t i = 0; i < kTexts; ++i) {
+      tokens.push_back(step * 3 + i);
+      all.push_back(&batch[static_cast<size_t>(i)]);
+    }
+    test::require_ok(Session::step_batch(all, tokens));
+  }
+  for (int32_t i = 0; i < kTexts; ++i) {
+    Session session = begin(model, i);
+    for (int32_t step = 0; step < kSteps; ++step) test::require_ok(session.step(step * 3 + i));
+    INFO("text " << i);
+    const auto got = batch[static_cast<size_t>(i)].logits(), expected = session.logits();
+    CHECK(std::equal(got.begin(), got.end(), expected.begin(), expected.end()));
+  }
+  std::vector<Session*> all;
+  for (int32_t i = 0; i < kTexts; ++i) observed.push_back(begin(*counted, i));
+  for (Session& session : observed) all.push_back(&session);
+  n_attended = 0;
+  test::require_ok(Session::step_batch(all, std::vector<int32_t>{1, 2, 3, 4}));
+  CHECK(n_attended == counted->config().num_hidden_layers);
+  if (cuda_test::real_gpu()) return;
+  const std::string what = model.engine().device(0).describe();
+  INFO(what);
+  CHECK(what.find(" 0 graphs made") == what.npos);
+}
+
 TEST_CASE("decode through graphs has the bits of decode without", "[cuda][plugin]") {
   if (cuda_test::real_gpu()) return;  // a real driver makes graphs; golden texts went through them
   const auto texts = [](const std::string& device) {

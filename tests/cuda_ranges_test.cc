@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "cuda/chunked_ranges.h"
+#include "cuda/pinned_host.h"
 
 using namespace fathom;
 using cuda::ChunkedRanges;
@@ -153,4 +154,41 @@ TEST_CASE("any order of commits and decommits", "[cuda][ranges]") {
       REQUIRE(heap.bytes == (kUnits - free_units) * kUnit);
     }
   }
+}
+
+TEST_CASE("pinned memory is unpinned as it was pinned, piece by piece", "[cuda][ranges]") {
+  struct Log final : cuda::PinnedHost::Pinner {
+    std::map<void*, int64_t> pinned;
+    int64_t most = 1 << 20;
+    bool pin(void* host, int64_t bytes) noexcept override {
+      if (bytes > most) return false;
+      CHECK(pinned.emplace(host, bytes).second);
+      return true;
+    }
+    void unpin(void* host) noexcept override { CHECK(pinned.erase(host) == 1); }
+  } log;
+  cuda::PinnedHost host(log);
+  std::vector<char> memory(8192);
+  char* base = memory.data();
+  host.pin(base, 1000);
+  host.pin(base + 1000, 1000);
+  host.pin(base + 4000, 1000);
+  CHECK(host.held_bytes() == 3000);
+  CHECK(host.holds(base + 10, 990));
+  CHECK_FALSE(host.holds(base + 10, 991));  // two pieces
+  CHECK_FALSE(host.holds(base + 3999, 1));
+  host.unpin(base + 2000, 2000);  // none
+  CHECK(host.held_bytes() == 3000);
+  host.unpin(base + 1999, 10);  // the second, whole
+  CHECK(host.held_bytes() == 2000);
+  host.pin(base + 4500, 1000);  // anew, over another one
+  CHECK(host.held_bytes() == 2000);
+  CHECK(log.pinned.count(base + 4500) == 1);
+  log.most = 10;
+  host.pin(base + 6000, 1000);  // refused: without effect
+  host.pin(base, 0);
+  CHECK(host.held_bytes() == 2000);
+  host.unpin_all();
+  CHECK(log.pinned.empty());
+  CHECK(host.held_bytes() == 0);
 }

@@ -10,6 +10,7 @@
 #include "support/spill.h"
 
 using namespace fathom;
+using Catch::Contains;
 
 namespace {
 
@@ -58,6 +59,13 @@ TEST_CASE("a card's pages on the host and in the file give the bits of resident 
     CHECK(session.cache().bytes_in(KvTier::kHost) > 0);
     CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
     CHECK(test::first_bit_difference(expected[0], session.logits()).index == -1);
+    if (!cuda_test::real_gpu()) {  // which says it in other words
+      const std::string what = model.engine().device(0).describe();
+      INFO(what);
+      CHECK_THAT(what, Contains(std::to_string(session.cache().bytes_in(KvTier::kHost)) +
+                                " bytes of it pinned"));
+      CHECK_THAT(what, !Contains(" 0 copies from there"));
+    }
     test::leave(model, 0, 1);  // the host is full now, too
     for (int i = 0; i < 18; ++i) test::require_ok(session.step(7 + i));
     CHECK(session.cache().bytes_in(KvTier::kHost) > 0);
@@ -75,6 +83,8 @@ TEST_CASE("a card's pages on the host and in the file give the bits of resident 
     test::require_ok(engine.set_budget(0, int64_t{1} << 30));
     test::require_ok(session.step(41));
     CHECK(session.cache().bytes_in(KvTier::kHost) == 0);
+    if (!cuda_test::real_gpu())
+      CHECK_THAT(model.engine().device(0).describe(), Contains(" 0 bytes of it pinned"));
     CHECK(test::first_bit_difference(expected[2], session.logits()).index == -1);
     CHECK(test::count_events(session, "returned") == 1);
     const MemorySnapshot memory = model.engine().memory();

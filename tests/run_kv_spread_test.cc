@@ -427,5 +427,69 @@ TEST_CASE("a simulated card gives its cache to another one", "[kv_spread][simula
   }
 }
 
+// Cold rows of a card on the host: attended there in latent form, or streamed through the card,
+// whichever the machine's rates say is faster; and a session takes as long as was predicted.
+TEST_CASE("rows that a card cannot hold are attended on the host or streamed, as is faster",
+          "[kv_spread][simulation]") {
+  struct Case {
+    const char *cpu, *link;  // attention on the CPU, bytes of the link, per second
+    bool streamed;
+  };
+  for (const Case& c : {Case{"4e12", "3e9", false}, Case{"2e10", "50e9", true}}) {
+    auto machine = MachineDescription::parse(
+        std::string(R"({"devices": [{"name": "cpu", "bytes": "64G", "attention_flops_per_s": )") +
+        c.cpu + R"(, "read_bytes_per_s": 200e9},
+                        {"name": "cuda:0", "kind": "cuda", "bytes": "24G"}],
+            "links": [{"from": "cpu", "to": "cuda:0", "bytes_per_s": )" +
+        c.link + "}]}");
+    INFO(machine.status().message());
+    REQUIRE(machine.ok());
+    const auto plan_with = [&](const test::Settings& more) {
+      auto engine =
+          Engine::simulate(*machine, test::config_of(with({{"weights.type", "q8_0"},
+                                                           {"context.max", "150000"},
+                                                           {"prefill.chunk", "2048"},
+                                                           {"placement.layers", "cuda:0=*"},
+                                                           {"placement.experts", "cuda:0=*"},
+                                                           {"placement.embed", "cuda:0"},
+                                                           {"placement.head", "cuda:0"},
+                                                           {"budget.cuda:0", "19G"}},
+                                                          more)));
+      REQUIRE(engine.ok());
+      auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2-lite.json");
+      INFO(plan.status().message());
+      REQUIRE(plan.ok());
+      return std::pair(std::move(*engine), std::move(*plan));
+    };
+    const auto [engine, plan] = plan_with({{"kv.tiers", "device,host"}});
+    INFO(plan.describe());
+    REQUIRE(plan.feasible);
+    CHECK(plan.placement.kv.empty() == c.streamed);
+    CHECK(plan.by_ladder == c.streamed);
+    CHECK(std::any_of(plan.remarks.begin(), plan.remarks.end(), [&](const std::string& remark) {
+      return remark.find(c.streamed ? "from the host: streamed"
+                                    : "from the host: attended there") != std::string::npos;
+    }));
+    // Without the host tier there is one way, by hand there is the other: what was chosen is
+    // faster.
+    const double there = plan_with({}).second.speed.decode_last;
+    const double here = plan_with({{"kv.tiers", "device,host"}, {"placement.kv", "home=*"}})
+                            .second.speed.decode_last;
+    CHECK(plan.speed.decode_last == std::max(there, here));
+    CHECK(std::min(there, here) < std::max(there, here));
+
+    auto model = Model::load(engine, plan);
+    INFO(model.status().message());
+    REQUIRE(model.ok());
+    Session session = test::new_session(*model);
+    test::require_ok(session.prefill(some_tokens(149998, model->config().vocab_size)));
+    CHECK((session.cache().bytes_in(KvTier::kHost) > 0) == c.streamed);
+    test::require_ok(session.step(1));
+    const double before = engine.seconds();
+    test::require_ok(session.step(1));
+    CHECK(engine.seconds() - before == Approx(1 / plan.speed.decode_last).epsilon(0.05));
+  }
+}
+
 }  // namespace
 }  // namespace fathom

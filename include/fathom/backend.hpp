@@ -31,7 +31,7 @@
 namespace fathom {
 
 // Interface version; a plug-in built against another one is refused.
-inline constexpr uint32_t kBackendVersion = 3;
+inline constexpr uint32_t kBackendVersion = 4;
 
 enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
 
@@ -294,6 +294,10 @@ class Backend {
   // may put the copy behind what is queued, or not.  Errors: kDevice.
   virtual Status upload(void* device, const void* host, int64_t bytes) noexcept = 0;
   virtual Status download(void* host, const void* device, int64_t bytes) noexcept = 0;
+  // Committed host memory that copies will go to or come from often: a device may pin it, so that
+  // they run at the link's rate; without effect where it cannot.  Unpinned before it is given back.
+  virtual void pin_host(void* host, int64_t bytes) noexcept { (void)host, (void)bytes; }
+  virtual void unpin_host(void* host, int64_t bytes) noexcept { (void)host, (void)bytes; }
 
   // ---- weights ----
   // Sets layout and matrix_bytes of `weight` from its dtype, block_scaled, rows, cols.
@@ -329,6 +333,13 @@ class Backend {
   virtual void kv_convert(const OpContext&, const KvConvertParams&) noexcept = 0;
   virtual void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept = 0;
   virtual void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept = 0;
+  // attend_absorbed() for several texts, which share n_heads, strides, scale and layout: the same
+  // bits as one after the other, for devices on which every launch takes its time.  The workspace is
+  // that of one text with the tokens of all.
+  virtual void attend_texts(const OpContext& op, const AttendAbsorbedParams* texts,
+                            int64_t n_texts) noexcept {
+    for (int64_t i = 0; i < n_texts; ++i) attend_absorbed(op, texts[i]);
+  }
   virtual void route(const OpContext&, const RouteParams&) noexcept = 0;
   virtual void ffn(const OpContext&, const FfnParams&) noexcept = 0;
   virtual void experts(const OpContext&, const ExpertsParams&) noexcept = 0;

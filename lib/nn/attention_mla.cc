@@ -1,5 +1,6 @@
 // Multi-head latent attention (DeepSeek-V2 report, section 2.1) over the paged latent cache.
 #include <algorithm>
+#include <array>
 #include <limits>
 
 #include "layers.h"
@@ -18,27 +19,45 @@ struct Block {
   float* out;            // [n, n_heads, kv_lora_rank]
 };
 
-void attend(const Step& s, const Block& block, const KvRows& rows, int64_t n, int64_t position,
-            bool begin, bool finish) noexcept {
+AttendAbsorbedParams params_of(const Step& s, const Block& block, const KvRows& rows, int64_t n,
+                               int64_t position, bool begin, bool finish) noexcept {
   const ModelConfig& c = s.config;
   const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
-  block.device.attend_absorbed(block.op, {.q_latent = block.q_latent,
-                                          .q_latent_token_stride = heads * rank,
-                                          .q_latent_head_stride = rank,
-                                          .q_rope = block.q + c.qk_nope_head_dim,
-                                          .q_rope_token_stride = heads * c.qk_head_dim(),
-                                          .q_rope_head_stride = c.qk_head_dim(),
-                                          .n_tokens = n,
-                                          .n_heads = heads,
-                                          .first_position = position,
-                                          .scale = static_cast<float>(s.rope.softmax_scale),
-                                          .rows = rows,
-                                          .state = block.state,
-                                          .begin = begin,
-                                          .finish = finish,
-                                          .out = block.out});
+  return {.q_latent = block.q_latent,
+          .q_latent_token_stride = heads * rank,
+          .q_latent_head_stride = rank,
+          .q_rope = block.q + c.qk_nope_head_dim,
+          .q_rope_token_stride = heads * c.qk_head_dim(),
+          .q_rope_head_stride = c.qk_head_dim(),
+          .n_tokens = n,
+          .n_heads = heads,
+          .first_position = position,
+          .scale = static_cast<float>(s.rope.softmax_scale),
+          .rows = rows,
+          .state = block.state,
+          .begin = begin,
+          .finish = finish,
+          .out = block.out};
 }
 
+void attend(const Step& s, const Block& block, const KvRows& rows, int64_t n, int64_t position,
+            bool begin, bool finish) noexcept {
+  block.device.attend_absorbed(block.op, params_of(s, block, rows, n, position, begin, finish));
+}
+
+// Rows from `first` on of the pass, whose latent queries begin the block at row `block`, at home.
+Block home_block(const Step& s, int64_t block, int64_t first) noexcept {
+  const ModelConfig& c = s.config;
+  const Scratch& b = s.scratch;
+  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
+  const int64_t at = (first - block) * heads;
+  return {s.device,
+          s.op,
+          b.q_absorbed + at * rank,
+          b.q + first * heads * c.qk_head_dim(),
+          {b.attn_state.max + at, b.attn_state.sum + at},
+          b.attn_absorbed + at * rank};
+}
 // The block's buffers on another device.
 Block guest_block(const Stage& stage) noexcept {
   const Scratch& b = stage.scratch;
@@ -62,10 +81,10 @@ Status hand_on(const Step& s, const Block& from, const Block& to, int64_t n, boo
   FATHOM_TRY(from.device.sync(from.op));
   FATHOM_TRY(to.device.sync(to.op));
   if (whole) {
-    FATHOM_TRY(transfer(from.device, from.state.max, to.device, to.state.max, heads * value,
-                        s.staging));
-    FATHOM_TRY(transfer(from.device, from.state.sum, to.device, to.state.sum, heads * value,
-                        s.staging));
+    FATHOM_TRY(
+        transfer(from.device, from.state.max, to.device, to.state.max, heads * value, s.staging));
+    FATHOM_TRY(
+        transfer(from.device, from.state.sum, to.device, to.state.sum, heads * value, s.staging));
   }
   return transfer(from.device, from.out, to.device, to.out, heads * s.config.kv_lora_rank * value,
                   s.staging);
@@ -77,18 +96,9 @@ Status hand_on(const Step& s, const Block& from, const Block& to, int64_t n, boo
 // merged in the one order that there is.  False when the cache could not bring its rows in.
 Result<bool> attend_rows(const Step& s, const Sequence& sequence, LayerSlot layer, int64_t block,
                          int64_t first, int64_t n) noexcept {
-  const ModelConfig& c = s.config;
-  const Scratch& b = s.scratch;
-  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
-  const int64_t at = (first - block) * heads;
   const int64_t position = sequence.first_position + first - sequence.first_row;
   const int64_t end_row = position + n;  // rows beyond the last query would be masked anyway
-  const Block home{s.device,
-                   s.op,
-                   b.q_absorbed + at * rank,
-                   b.q + first * heads * c.qk_head_dim(),
-                   {b.attn_state.max + at, b.attn_state.sum + at},
-                   b.attn_absorbed + at * rank};
+  const Block home = home_block(s, block, first);
   const auto block_on = [&](int stage) {
     return stage == layer.stage ? home : guest_block(s.stages[static_cast<size_t>(stage)]);
   };
@@ -128,14 +138,29 @@ Status attend_absorbed(const Step& s, const LayerWeights& w, LayerSlot layer) no
                                  .out = b.q_absorbed,  // [n, n_heads, kv_lora_rank]
                                  .out_token_stride = heads * rank,
                                  .out_head_stride = rank});
+    // Texts whose rows are all at home go together, the others one by one.
+    std::array<AttendAbsorbedParams, kAbsorbedRows> texts;
+    int64_t n_texts = 0;
     for (const Sequence& sequence : s.sequences) {
       const int64_t first = std::max(t, sequence.first_row);
       const int64_t end = std::min(t + n, sequence.first_row + sequence.n_tokens);
       if (first >= end) continue;
+      const int64_t position = sequence.first_position + first - sequence.first_row;
+      if (s.sequences.size() > 1) {
+        const KvRows rows =
+            sequence.cache->resident(layer.stage, layer.slot, position + end - first);
+        if (rows.n_rows > 0) {
+          texts[static_cast<size_t>(n_texts++)] =
+              params_of(s, home_block(s, t, first), rows, end - first, position, /*begin=*/true,
+                        /*finish=*/true);
+          continue;
+        }
+      }
       FATHOM_TRY_ASSIGN(const bool attended,
                         attend_rows(s, sequence, layer, t, first, end - first));
       if (!attended) return {};
     }
+    if (n_texts > 0) s.device.attend_texts(s.op, texts.data(), n_texts);
     s.device.heads_matmul(s.op, {.x = b.attn_absorbed,
                                  .x_token_stride = heads * rank,
                                  .x_head_stride = rank,

@@ -124,6 +124,12 @@ class RowSourceOf {
     (void)where;
     return {room(stage, layer_slot, op, first_row, end_row), stage};
   }
+  // Rows [0, end_row) where all of them are resident on this stage and stay in their places while the
+  // pass queues, so that several texts can be attended at once; else no rows.
+  virtual KvRows resident(int stage, int64_t layer_slot, int64_t end_row) const noexcept {
+    (void)stage, (void)layer_slot, (void)end_row;
+    return {};
+  }
   // Where the rows from `first_row` on can be written, `end_row` at most, on this stage; written()
   // then takes them where they belong, if that is elsewhere.  No rows: as above.
   virtual KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,

@@ -40,6 +40,8 @@ class ForwardingDevice : public Backend {
   Status download(void* host, const void* device, int64_t bytes) noexcept override {
     return real_->download(host, device, bytes);
   }
+  void pin_host(void* host, int64_t bytes) noexcept override { real_->pin_host(host, bytes); }
+  void unpin_host(void* host, int64_t bytes) noexcept override { real_->unpin_host(host, bytes); }
   Status weight_layout(Weight& weight) const noexcept override {
     return real_->weight_layout(weight);
   }
@@ -107,6 +109,10 @@ class ForwardingBackend : public ForwardingDevice {
   }
   void attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept override {
     real_->attend_absorbed(op, p);
+  }
+  void attend_texts(const OpContext& op, const AttendAbsorbedParams* texts,
+                    int64_t n_texts) noexcept override {
+    real_->attend_texts(op, texts, n_texts);
   }
   void attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept override {
     real_->attend_expanded(op, p);

@@ -77,6 +77,7 @@ Result<std::unique_ptr<KvPages>> KvPages::create(std::shared_ptr<EngineState> en
                                       p.host_page_bytes(home, options.policy.hot_type));
       FATHOM_TRY_ASSIGN(part.host_pages, p.engine_->reserve(p.engine_->host_device, Purpose::kKv,
                                                             n_pages * part.host_slot_bytes));
+      part.host_pages.pin_for(*part.backend);
     }
     home.parts.push_back(std::move(part));
   }

@@ -101,6 +101,14 @@ void KvPages::read_ahead(const Device& d, const Part& part, int64_t layer_slot, 
     file_.read_ahead(file_offset(d, layer_slot, first), (end - first) * layer_stride_);
 }
 
+KvRows KvPages::resident(int home, int64_t layer_slot, int64_t end_row) const noexcept {
+  const Device& d = devices_[static_cast<size_t>(home)];
+  const Part& part = part_of(d, 0);
+  const bool whole = &part == &d.parts.back() || end_row <= part.end_page * options_.layout.page_tokens;
+  if (!whole || part.device != home || part.host_end > part.begin) return {};
+  return rows(home, layer_slot, 0, end_row);
+}
+
 KvRows KvPages::room(int home, int64_t layer_slot, const OpContext& op, int64_t first_row,
                      int64_t end_row) noexcept {
   Device& d = devices_[static_cast<size_t>(home)];

@@ -28,6 +28,7 @@ Result<MemoryRange> MemoryRange::allocate(Backend& backend, Ledger& ledger, int 
 
 MemoryRange::~MemoryRange() {
   if (base_ == nullptr) return;
+  if (pinned_for_ != nullptr) pinned_for_->unpin_host(base_, reserved_);
   backend_->release(base_, reserved_);
   if (committed_ > 0) ledger_->release(device_, purpose_, committed_);
 }
@@ -51,11 +52,13 @@ Status MemoryRange::try_commit(int64_t offset, int64_t bytes) {
     return std::move(s).on_device(device_);
   }
   committed_ += bytes;
+  if (pinned_for_ != nullptr) pinned_for_->pin_host(data(offset), bytes);
   return {};
 }
 
 void MemoryRange::decommit(int64_t offset, int64_t bytes) noexcept {
   if (bytes == 0) return;
+  if (pinned_for_ != nullptr) pinned_for_->unpin_host(data(offset), bytes);
   backend_->decommit(base_, offset, bytes);
   ledger_->release(device_, purpose_, bytes);
   committed_ -= bytes;
@@ -71,6 +74,7 @@ Status MemoryRange::resize(int64_t bytes) {
 
 void MemoryRange::swap(MemoryRange& other) noexcept {
   std::swap(backend_, other.backend_);
+  std::swap(pinned_for_, other.pinned_for_);
   std::swap(ledger_, other.ledger_);
   std::swap(device_, other.device_);
   std::swap(purpose_, other.purpose_);

@@ -44,6 +44,10 @@ class MemoryRange {
   // commit; giving back does not fail.
   Status resize(int64_t bytes);
 
+  // Of host memory, before anything is committed: what comes is pinned for copies of `device`, which
+  // must outlive the range.
+  void pin_for(Backend& device) noexcept { pinned_for_ = &device; }
+
   // Of a range that was committed whole, or of what was committed at `offset`.
   std::byte* data(int64_t offset = 0) const noexcept {
     return base_ == nullptr ? nullptr
@@ -60,6 +64,7 @@ class MemoryRange {
   Status try_commit(int64_t offset, int64_t bytes);
 
   Backend* backend_ = nullptr;
+  Backend* pinned_for_ = nullptr;
   Ledger* ledger_ = nullptr;
   int device_ = 0;
   Purpose purpose_ = Purpose::kWeights;

@@ -53,6 +53,10 @@ class ObservedBackend final : public ForwardingBackend {
   void attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept override {
     timed("attend_absorbed", op, [&] { real_->attend_absorbed(op, p); });
   }
+  void attend_texts(const OpContext& op, const AttendAbsorbedParams* texts,
+                    int64_t n_texts) noexcept override {
+    timed("attend_absorbed", op, [&] { real_->attend_texts(op, texts, n_texts); });
+  }
   void attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept override {
     timed("attend_expanded", op, [&] { real_->attend_expanded(op, p); });
   }

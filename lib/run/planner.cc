@@ -597,13 +597,17 @@ void Planner::choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) con
                                                    return device.kind != DeviceKind::kCpu;
                                                  }));
   int64_t context = choose_chunk(plan, map, limit, wanted, ladder ? kShortestBeforeLadder : 1);
-  // Before the ladder is climbed, other devices' room is used.
+  // Before the ladder is climbed, other devices' room is used, unless a card is faster with its rows
+  // on the host.
   if (context < wanted && plan.devices.size() > 1 && config.placement_kv == "auto") {
     Plan spread = plan;
-    if (spread_cache(spread, map, wanted, default_chunk(config, limit))) {
+    std::string remark;
+    if (spread_cache(spread, map, wanted, default_chunk(config, limit)) &&
+        !streams_faster(plan, spread, map, wanted, remark)) {
       plan = std::move(spread);
       context = longest_context(plan, limit);
     }
+    if (!remark.empty()) plan.remarks.push_back(std::move(remark));
   }
   plan.max_context_resident = context;
   if (ladder && context < limit) {

@@ -79,6 +79,10 @@ class Planner {
   Status pin_cache(const PlacementPins& pins, Plan& plan) const;
   bool spread_cache(Plan& plan, const nn::WeightMap& map, int64_t n_tokens,
                     int64_t longest_chunk) const;
+  // Whether cards that bring their cold rows from the host, step by step, are faster at n_tokens than
+  // attention on the devices on which `spread` has put these rows.  `remark` says the figures.
+  bool streams_faster(const Plan& plan, const Plan& spread, const nn::WeightMap& map,
+                      int64_t n_tokens, std::string& remark) const;
   bool share_rows(Plan& plan, int64_t n_tokens) const;
   void tell_cache(Plan& plan) const;
   void choose_chunk_and_context(Plan& plan, const nn::WeightMap& map) const;

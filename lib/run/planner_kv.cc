@@ -6,7 +6,9 @@
 #include <numeric>
 
 #include "kv_parts.h"
+#include "ladder.h"
 #include "planner.h"
+#include "predict.h"
 
 namespace fathom::run {
 namespace {
@@ -132,6 +134,27 @@ bool Planner::spread_cache(Plan& plan, const nn::WeightMap& map, int64_t n_token
     }
     if (config.prefill_chunk || chunk < 2) return false;
   }
+}
+
+bool Planner::streams_faster(const Plan& plan, const Plan& spread, const nn::WeightMap& map,
+                             int64_t n_tokens, std::string& remark) const {
+  if (!ladder_reach(plan.config).host) return false;
+  Plan streamed = plan;
+  streamed.by_ladder = true;
+  if (choose_chunk(streamed, map, n_tokens, n_tokens, 1) < n_tokens) return false;
+  set_context(streamed, n_tokens);
+  const double there = step_seconds(spread, engine_->machine, map.weights(), n_tokens);
+  const double here = step_seconds(streamed, engine_->machine, map.weights(), n_tokens);
+  std::string names;
+  for (const KvSpan& span : spread.placement.kv) {
+    const std::string& name = plan.devices[static_cast<size_t>(span.device)].name;
+    if (names.find(name) == names.npos) names += (names.empty() ? "" : ", ") + name;
+  }
+  remark = fmt::format(
+      "placement.kv: a step at {} tokens takes {:.2f} ms with cold rows attended on {}, {:.2f} ms "
+      "with them streamed from the host: {}",
+      n_tokens, 1e3 * there, names, 1e3 * here, here < there ? "streamed" : "attended there");
+  return here < there;
 }
 
 void Planner::tell_cache(Plan& plan) const {

@@ -4,22 +4,43 @@
 
 #include "../nn/forward.h"
 #include "../nn/transfer.h"
+#include "kv_pages.h"
 #include "kv_parts.h"
+#include "ladder.h"
 #include "simulated_backend.h"
 
 namespace fathom::run {
 namespace {
 
-// Rows of one type, all resident, at no address; those on other devices than their layers cost the
-// copies that KvPages makes.
+// Pages of a card that are in the host's memory when a text of n tokens is as the plan has it:
+// [first_cold_page(), the answer).
+int64_t host_end(const Plan& plan, int device, int64_t n_tokens) {
+  const PlanDevice& d = plan.devices[static_cast<size_t>(device)];
+  const int64_t first = plan.kv_policy.first_cold_page();
+  if (!plan.by_ladder || !ladder_reach(plan.config).host || d.kind == DeviceKind::kCpu ||
+      d.kv_page_bytes == 0 || !plan.placement.kv.empty())
+    return first;
+  const int64_t held =
+      d.bytes[static_cast<size_t>(Phase::kDecode)][static_cast<size_t>(Purpose::kKv)] /
+      plan.config.sessions_max;
+  const int64_t missing = plan.kv_bytes(device, n_tokens) - held;
+  const int64_t pages = (missing + d.kv_page_bytes - 1) / d.kv_page_bytes;
+  return std::clamp(first + pages, first, plan.kv_policy.cold_end(n_tokens));
+}
+
+// Rows of one type at no address; those on other devices than their layers, and those of a card
+// that the host holds, cost the copies that KvPages makes.
 class PredictedRows final : public nn::RowSourceOf {
  public:
   PredictedRows(const Plan& plan, int64_t n_rows, std::span<const nn::Stage> stages,
-                std::byte* staging)
+                std::byte* staging, int host)
       : layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
         parts_(kv_parts(plan)),
         stages_(stages),
-        staging_(staging) {
+        staging_(staging),
+        host_(host) {
+    for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
+      host_end_.push_back(host_end(plan, d, n_rows));
     const KvPolicy& policy = plan.kv_policy;
     const int64_t first = policy.first_cold_page(), end = policy.cold_end(n_rows);
     for (int64_t page = 0; page < policy.pages_for(n_rows); ++page)
@@ -32,6 +53,14 @@ class PredictedRows final : public nn::RowSourceOf {
                      int64_t end_row, nn::Where where) const noexcept override {
     const KvPart& part = part_of(stage, first_row);
     end_row = std::min(end_row, end_of(part));
+    if (host_ >= 0 && first_row < host_end_[static_cast<size_t>(stage)] * layout_.page_tokens) {
+      const int64_t step = stream_rows(layout_.page_tokens);
+      end_row = std::min(end_row, first_row / step * step + step);
+      (void)stages_[static_cast<size_t>(stage)].device->sync(op);
+      copy(host_, stage, first_row,
+           std::min(end_row, host_end_[static_cast<size_t>(stage)] * layout_.page_tokens));
+      return {RowSourceOf::room(stage, layer_slot, op, first_row, end_row), stage};
+    }
     const KvRows piece = RowSourceOf::room(stage, layer_slot, op, first_row, end_row);
     if (where == nn::Where::kAnywhere) return {piece, part.device};
     copy(part.device, stage, first_row, end_row);
@@ -84,6 +113,8 @@ class PredictedRows final : public nn::RowSourceOf {
   std::vector<KvPart> parts_;
   std::span<const nn::Stage> stages_;
   std::byte* staging_;
+  int host_;                       // -1: none
+  std::vector<int64_t> host_end_;  // by device
 };
 
 // Layers look for copies of experts and find none: what a full cache leaves of them.
@@ -142,7 +173,8 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     }
   }
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
-  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, staging);
+  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, staging,
+                           machine.host());
   const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
   NoCopies none(plan.placement, weights);
   const nn::ForwardParams params{.config = plan.model,
@@ -172,6 +204,13 @@ double rate(int64_t tokens, double seconds) {
 }
 
 }  // namespace
+
+double step_seconds(const Plan& plan, const MachineDescription& machine, const nn::Weights& weights,
+                    int64_t n_tokens) {
+  return run_pass(plan, machine, nn::make_rope(plan.model), weights,
+                  {1, std::max<int64_t>(n_tokens, 1) - 1, AttentionForm::kAbsorbed})
+      .total;
+}
 
 void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights) {
   const nn::Rope rope = nn::make_rope(plan.model);

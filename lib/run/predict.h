@@ -12,5 +12,8 @@ namespace fathom::run {
 // Fills in plan.speed and the devices' busy seconds.  `weights` are those of the plan's map; their
 // data is not followed.
 void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights);
+// Of the step that writes token n_tokens of a text.
+double step_seconds(const Plan& plan, const MachineDescription& machine,
+                    const nn::Weights& weights, int64_t n_tokens);
 
 }  // namespace fathom::run

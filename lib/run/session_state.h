@@ -97,6 +97,9 @@ class SessionState final : public nn::RowSourceOf {
   KvRows rows(int stage, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return cache.rows(stage, layer_slot, 0, n_rows);
   }
+  KvRows resident(int stage, int64_t layer_slot, int64_t end_row) const noexcept override {
+    return pages_.resident(stage, layer_slot, end_row);
+  }
   nn::RowPiece piece(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
                      int64_t end_row, nn::Where where) const noexcept override {
     return pages_.piece(stage, layer_slot, op, first_row, end_row, where);

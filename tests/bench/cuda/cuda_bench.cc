@@ -206,10 +206,11 @@ class Bench {
     });
   }
 
-  // A step of `batch` texts of `depth` rows each, one layer, latent 512 + rope 64.
+  // A step of `batch` texts of `depth` rows each, one layer, latent 512 + rope 64; in operations of
+  // up to kAtOnce texts, as layers ask for.
   void attend(KvType type, int64_t heads, int64_t depth, int64_t batch, double copy,
               double library) {
-    constexpr int64_t kRank = 512, kRope = 64, kPageTokens = 64;
+    constexpr int64_t kRank = 512, kRope = 64, kPageTokens = 64, kAtOnce = 32;
     const KvLayout layout{kPageTokens, kRank, kRope};
     const int64_t n_pages = depth / kPageTokens, page = layout.page_bytes(type, 1);
     const std::string name = fmt::format("attention {} heads {} depth {} batch {}",
@@ -220,29 +221,33 @@ class Bench {
     std::vector<KvPage> pages;
     for (int64_t i = 0; i < batch * n_pages; ++i)
       pages.push_back({rows.data<std::byte>() + i * page, type});
-    const Buffer q(device_, heads * (kRank + kRope) * 4), out(device_, heads * kRank * 4),
-        state(device_, 2 * heads * 4);
-    AttendAbsorbedParams p{.q_latent = q.data(),
-                           .q_latent_token_stride = heads * kRank,
-                           .q_latent_head_stride = kRank,
-                           .q_rope = q.data() + heads * kRank,
-                           .q_rope_token_stride = heads * kRope,
-                           .q_rope_head_stride = kRope,
-                           .n_tokens = 1,
-                           .n_heads = heads,
-                           .first_position = depth - 1,
-                           .scale = 0.1f,
-                           .rows = {pages.data(), layout, 0, 0, depth},
-                           .state = {state.data(), state.data() + heads},
-                           .out = out.data()};
-    const Buffer space(device_, device_.workspace_bytes(p));
-    const OpContext op{space.data<void>(), device_.workspace_bytes(p)};
+    const int64_t columns = batch * heads;
+    const Buffer q(device_, columns * (kRank + kRope) * 4), out(device_, columns * kRank * 4),
+        state(device_, 2 * columns * 4);
+    std::vector<AttendAbsorbedParams> texts;
+    for (int64_t text = 0; text < batch; ++text)
+      texts.push_back(
+          {.q_latent = q.data() + text * heads * kRank,
+           .q_latent_token_stride = heads * kRank,
+           .q_latent_head_stride = kRank,
+           .q_rope = q.data() + columns * kRank + text * heads * kRope,
+           .q_rope_token_stride = heads * kRope,
+           .q_rope_head_stride = kRope,
+           .n_tokens = 1,
+           .n_heads = heads,
+           .first_position = depth - 1,
+           .scale = 0.1f,
+           .rows = {pages.data() + text * n_pages, layout, 0, 0, depth},
+           .state = {state.data() + text * heads, state.data() + columns + text * heads},
+           .out = out.data() + text * heads * kRank});
+    AttendAbsorbedParams whole = texts[0];
+    whole.n_tokens = std::min(batch, kAtOnce);
+    const Buffer space(device_, device_.workspace_bytes(whole));
+    const OpContext op{space.data<void>(), device_.workspace_bytes(whole)};
     const double seconds = seconds_per_call(op, [&](int calls) {
       for (int i = 0; i < calls; ++i)
-        for (int64_t text = 0; text < batch; ++text) {
-          p.rows.pages = pages.data() + text * n_pages;
-          device_.attend_absorbed(op, p);
-        }
+        for (int64_t text = 0; text < batch; text += kAtOnce)
+          device_.attend_texts(op, texts.data() + text, std::min(kAtOnce, batch - text));
     });
     const double bytes =
         double(batch * depth) * double(layout.latent_row_bytes(type) + layout.rope_row_bytes(type));

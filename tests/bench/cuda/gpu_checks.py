@@ -195,9 +195,11 @@ def make_steps(build, plugin, models, emulated, trace):
     ladder = ["kv.ladder=chunk,requantise", "kv.ladder_type=q4_0",
               *(["short=200000"] if emulated else ["budget.cuda:0=12G", "short=0"])]
     steps = [
-        Step("kernels against scalar", 40, [tests / "cuda_device_test"], real),
-        Step("golden models and greedy texts", 45,
+        Step("kernels against scalar", 37, [tests / "cuda_device_test"], real),
+        Step("golden models and greedy texts", 43,
              [tests / "cuda_plugin_test", "[golden]"], real),
+        Step("copies of experts on the card", 10,
+             [tests / "cuda_copies_plugin_test", "~[slow]" if emulated else "*"], real),
         Step("planned bytes equal the ledger", 10,
              [tests / "cuda_plugin_test", "planned bytes*"], real),
         Step("failure at every device allocation", 30,
