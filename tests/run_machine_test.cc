@@ -70,6 +70,13 @@ TEST_CASE("what a machine file says is kept, and written back", "[machine]") {
   CHECK(machine.link(0, 1).bytes_per_s == 5e10);
   CHECK(machine.link(1, 0).source == RateSource::kDeclared);
 
+  CHECK(machine.file_bytes_per_s == 2e9);
+  CHECK(machine.file_source == RateSource::kDocumented);
+  const MachineDescription disk =
+      parsed(R"({"devices": [{"name": "cpu", "bytes": "8G"}], "file": {"bytes_per_s": 3e8}})");
+  CHECK(parsed(disk.to_json()).file_bytes_per_s == 3e8);
+  CHECK(parsed(disk.to_json()).file_source == RateSource::kDeclared);
+
   const MachineDescription again = parsed(machine.to_json());
   CHECK(again.to_json() == machine.to_json());
   CHECK(again.devices[0].source == RateSource::kDeclared);
@@ -87,7 +94,8 @@ TEST_CASE("a wrong machine file is refused by the name of what is wrong", "[mach
   };
   const std::string cpu = R"({"name": "cpu", "bytes": "8G"})";
   for (const Wrong& wrong :
-       {Wrong{"[]", "", "object"}, Wrong{"{}", "devices", "at least one"},
+       {Wrong{"[]", "", "object"},
+        Wrong{"{}", "devices", "at least one"},
         Wrong{R"({"devices": []})", "devices", "at least one"},
         Wrong{R"({"device": [{"name": "cpu", "bytes": 1}]})", "device", "nearest is devices"},
         Wrong{R"({"devices": [{"name": "cpu", "bites": 1}]})", "bites", "nearest is bytes"},
@@ -111,6 +119,11 @@ TEST_CASE("a wrong machine file is refused by the name of what is wrong", "[mach
         Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}],
                   "links": [{"from": "cpu", "to": "cuda:0"}]})",
               "to", "cuda:0"},
+        Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}], "file": 3})", "file", "an object"},
+        Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}], "file": {"bytes_per_s": 0.5}})", "file",
+              "0.5"},
+        Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}], "file": {"rate": 1}})", "rate",
+              "nearest is"},
         Wrong{R"({"devices": [{"name": "cpu", "bytes": 9}],
                   "links": [{"from": "cpu", "to": "cpu"}]})",
               "links", "from device 0 to device 0"},

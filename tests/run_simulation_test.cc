@@ -155,6 +155,60 @@ TEST_CASE("simulated devices obey budgets and give everything back", "[simulatio
   CHECK(model.status().code() == Code::kMemory);
 }
 
+// Fetching moved pages is part of what a plan predicts, of what a step of the simulated session
+// takes, and of what its events say.
+TEST_CASE("a cache in host memory and in the file is as slow as was planned", "[simulation]") {
+  struct Case {
+    const char* machine;
+    const char* ladder;
+    bool host, file;
+  };
+  const char* const alone = R"({"devices": [{"name": "cpu", "bytes": "17G"}],
+                                "file": {"bytes_per_s": 1e9}})";
+  const char* const card = R"({"devices": [{"name": "cuda:0", "bytes": "17G"},
+      {"name": "cpu", "bytes": "8G"}], "file": {"bytes_per_s": 1e9}})";
+  const char* const small_host = R"({"devices": [{"name": "cuda:0", "bytes": "17G"},
+      {"name": "cpu", "bytes": "1000M"}], "file": {"bytes_per_s": 1e9}})";
+  for (const Case& c :
+       {Case{alone, "file", false, true}, Case{alone, "requantise", false, false},
+        Case{card, "spill", true, false}, Case{small_host, "spill,file", true, true}}) {
+    INFO(c.machine << " " << c.ladder);
+    const Engine engine = simulate(c.machine, {{"weights.type", "q8_0"},
+                                               {"context.max", "65536"},
+                                               {"prefill.chunk", "512"},
+                                               {"placement.layers", c.host ? "cuda:0=*" : "cpu=*"},
+                                               {"placement.experts", c.host ? "cuda:0=*" : "cpu=*"},
+                                               {"placement.kv", "home=*"},
+                                               {"kv.tiers", "device,host,file"},
+                                               {"kv.ladder", c.ladder}});
+    const Model model = load(engine, published_config("v2-lite"));
+    const Plan& plan = model.plan();
+    REQUIRE(plan.by_ladder);
+    CHECK((plan.devices[0].kv_host_bytes > 0) == c.host);
+    CHECK((plan.devices[0].kv_file_bytes > 0) == c.file);
+    Session session = test::new_session(model);
+    test::require_ok(session.prefill(some_tokens(65535)));
+    const auto near = [](double bytes) { return Approx(bytes).epsilon(0.03); };
+    CHECK(static_cast<double>(session.cache().bytes_in(KvTier::kFile)) ==
+          near(static_cast<double>(plan.devices[0].kv_file_bytes)));
+    CHECK(static_cast<double>(session.cache().bytes_in(KvTier::kHost)) ==
+          near(static_cast<double>(plan.devices[0].kv_host_bytes)));
+    const double before = engine.seconds();
+    test::require_ok(session.step(5));
+    const double step = engine.seconds() - before;
+    INFO(session.cache().bytes_in(KvTier::kFile)
+         << " in the file, planned " << plan.devices[0].kv_file_bytes);
+    CHECK(step == Approx(1 / plan.speed.decode_last).epsilon(0.02));
+    if (!c.host && !c.file) continue;
+    const Event& last = session.events().back();
+    INFO(last.text);
+    CHECK(last.text.find(" ms") != std::string::npos);
+    CHECK(last.pass_seconds > 0);
+    CHECK(last.pass_seconds < step);
+    CHECK(1 / plan.speed.decode_last > 1 / plan.speed.decode_first + 0.8 * last.pass_seconds);
+  }
+}
+
 TEST_CASE("a machine without the devices that are asked for is refused", "[simulation]") {
   const MachineDescription cards =
       machine_of(R"({"devices": [{"name": "cuda:0", "bytes": "9G"}]})");

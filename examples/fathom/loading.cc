@@ -200,7 +200,8 @@ Json events_json(const fathom::Session& session) {
     events.push_back({{"kind", event.kind},
                       {"text", event.text},
                       {"position", event.position},
-                      {"bytes", event.bytes}});
+                      {"bytes", event.bytes},
+                      {"pass_seconds", event.pass_seconds}});
   return events;
 }
 

@@ -116,7 +116,8 @@ class Engine {
   // the documented ones of their kind until they are measured.
   const MachineDescription& machine() const noexcept;
   // Measures the rates of the devices and of the links between them by running operations, for
-  // about so many seconds per device (a few more under 1) and with 64 MiB per second, given back.
+  // about so many seconds per device (a few more under 1) and with 64 MiB per second, given back;
+  // and that of the spill folder's disk with a file of as much, where kv.tiers has files.
   // Errors: kInvalidArgument, kBudget, kMemory, kDevice; kState for simulated devices.
   Result<MachineDescription> measure(double seconds_per_device = 2) const;
   // Seconds since the engine was made: on the wall, or on the clock of simulated devices.
@@ -134,9 +135,9 @@ class Engine {
   MemorySnapshot memory() const;
   // Peaks restart from what is held now.
   void reset_peaks() noexcept;
-  // Changes a device's budget from now on.  Below what is held: copies of experts (experts.cache) are
-  // dropped, at once or, when a pass uses them, before the next; nothing else is taken away, but the
-  // next growth of a session climbs its ladder (kv.ladder) until it fits, or is refused.
+  // Changes a device's budget from now on.  Below what is held: copies of experts (experts.cache)
+  // are dropped, at once or, when a pass uses them, before the next; nothing else is taken away,
+  // but the next growth of a session climbs its ladder (kv.ladder) until it fits, or is refused.
   // Errors: kInvalidArgument.
   Status set_budget(int device, int64_t bytes);
   // The same for the sum of all devices whose memory is the host's.

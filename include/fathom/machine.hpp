@@ -34,19 +34,19 @@ constexpr std::string_view rate_source_name(RateSource source) noexcept {
 
 // One device.  Rates are those that can be sustained, not those of a data sheet.
 struct MachineDevice {
-  std::string name;                     // "cpu", "cpu:1", "cuda:0"
-  DeviceKind kind = DeviceKind::kCpu;   // kCpu or kCuda
-  std::string like;                     // a known device; empty: its kind's default
-  int64_t bytes = 0;                    // of memory
-  int64_t budget_bytes = 0;             // what the library may hold of it; 0: all of it
-  int64_t runtime_bytes = 0;            // taken by the driver and libraries before anything of ours
-  int threads = 0;                      // CPU: threads that work
-  double read_bytes_per_s = 0;          // of its memory
+  std::string name;                    // "cpu", "cpu:1", "cuda:0"
+  DeviceKind kind = DeviceKind::kCpu;  // kCpu or kCuda
+  std::string like;                    // a known device; empty: its kind's default
+  int64_t bytes = 0;                   // of memory
+  int64_t budget_bytes = 0;            // what the library may hold of it; 0: all of it
+  int64_t runtime_bytes = 0;           // taken by the driver and libraries before anything of ours
+  int threads = 0;                     // CPU: threads that work
+  double read_bytes_per_s = 0;         // of its memory
   std::map<DType, double> read_bytes_per_s_by_type;  // weights of a type, where another rate holds
-  double quantised_flops_per_s = 0;     // products with quantised weights (a multiply-add is two)
-  double dense_flops_per_s = 0;         // products with 32 and 16 bit and FP8 weights
+  double quantised_flops_per_s = 0;  // products with quantised weights (a multiply-add is two)
+  double dense_flops_per_s = 0;      // products with 32 and 16 bit and FP8 weights
   double attention_flops_per_s = 0;
-  double operation_s = 0;               // fixed cost of each operation: launch, waking threads
+  double operation_s = 0;  // fixed cost of each operation: launch, waking threads
   RateSource source = RateSource::kDocumented;
 
   // Bytes per second at which weights of `type` are read.
@@ -58,34 +58,37 @@ struct MachineDevice {
 
 // The way between two devices, the same in both directions.
 struct MachineLink {
-  int from = 0, to = 0;      // indices of devices, from < to
+  int from = 0, to = 0;  // indices of devices, from < to
   double bytes_per_s = 0;
-  double latency_s = 0;      // of one transfer
+  double latency_s = 0;  // of one transfer
   RateSource source = RateSource::kDocumented;
 };
 
 // A device that is known by name: what `like` takes.
 struct KnownDevice {
-  std::string name;   // "rtx-4090", "ddr5-12ch"
+  std::string name;  // "rtx-4090", "ddr5-12ch"
   DeviceKind kind = DeviceKind::kCpu;
   int64_t bytes = 0;  // of memory; 0: varies
   std::string text;   // the published figures that the rates are taken from
 };
 
 struct MachineDescription {
-  std::string name;                  // for people; may be empty
+  std::string name;                    // for people; may be empty
   std::vector<MachineDevice> devices;  // at least one; the first CPU device is the host
-  std::vector<MachineLink> links;    // every pair of devices once, by (from, to)
-  // Of a simulated text: how unlike the experts of a layer are used; the r-th most used is chosen with
-  // a weight of 1 / r^expert_skew.  0: all alike.  Read where copies of experts are simulated.
+  std::vector<MachineLink> links;      // every pair of devices once, by (from, to)
+  double file_bytes_per_s = 0;  // at which moved cache pages are read back from the spill file
+  RateSource file_source = RateSource::kDocumented;
+  // Of a simulated text: how unlike the experts of a layer are used; the r-th most used is chosen
+  // with a weight of 1 / r^expert_skew.  0: all alike.  Read where copies of experts are simulated.
   double expert_skew = 0;
 
   // Reads a description.  Keys of a device: name, kind, like, bytes, budget_bytes, runtime_bytes,
   // threads, read_bytes_per_s, read_bytes_per_s_by_type ({"q4_k": ...}), quantised_flops_per_s,
   // dense_flops_per_s, attention_flops_per_s, operation_s.  Bytes are numbers or text as "24G"; a
   // `like` of known size makes `bytes` optional.  Keys of a link ("links": [...]): from, to
-  // (names), bytes_per_s, latency_s.  Beside them: name, expert_skew.  Errors: kConfig, naming the key, the value and its range, and
-  // for an unknown key the nearest known one; with the byte offset for malformed text.
+  // (names), bytes_per_s, latency_s.  Beside the lists: "name", "file": {"bytes_per_s": ...} and
+  // "expert_skew".  Errors: kConfig, naming the key, the value and its range, and for an unknown key
+  // the nearest known one; with the byte offset for malformed text.
   static Result<MachineDescription> parse(std::string_view json);
   // The same from a file.  Errors: also kNotFound, kIo.
   static Result<MachineDescription> read(const std::string& path);

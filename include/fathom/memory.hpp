@@ -28,8 +28,9 @@ enum class Purpose : uint8_t {
 inline constexpr int kPurposeCount = 9;
 
 constexpr std::string_view purpose_name(Purpose purpose) noexcept {
-  constexpr std::string_view kNames[] = {"weights", "experts",   "kv",      "activations", "workspace",
-                                         "staging", "tokenizer", "runtime", "expert_cache"};
+  constexpr std::string_view kNames[] = {"weights",     "experts",   "kv",
+                                         "activations", "workspace", "staging",
+                                         "tokenizer",   "runtime",   "expert_cache"};
   return kNames[static_cast<int>(purpose)];
 }
 
@@ -66,9 +67,12 @@ struct Event {
   // and "returned" (pages) when memory is there again.  Stable names.  Steps of a kind in a row are
   // one event that grows.
   std::string kind;
-  std::string text;       // for people
-  int64_t position = 0;   // tokens in the session when it happened
-  int64_t bytes = 0;      // memory freed or moved
+  std::string text;      // for people
+  int64_t position = 0;  // tokens in the session when it happened
+  int64_t bytes = 0;     // memory freed or moved
+  // By how much every pass is expected to take longer from now on, with the rates of
+  // Engine::machine(); of pages that came back, what is left of it.  0 for steps without copies.
+  double pass_seconds = 0;
 };
 
 // The host's own memory instead of the system's, for all large blocks on CPU devices (the thread

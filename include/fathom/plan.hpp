@@ -35,13 +35,13 @@ struct PlanDevice {
   std::string name;
   DeviceKind kind = DeviceKind::kCpu;
   int64_t budget_bytes = 0;
-  int64_t granularity = 1;   // commits are multiples of it
-  int64_t n_layers = 0;      // layers whose attention and cache live here
-  int64_t n_experts = 0;     // routed experts that live here, over all layers
-  int64_t transfer_bytes = 0;  // staging of one session for copies between other devices
-  int64_t kv_page_bytes = 0;              // committed per page of one session, all its layers
-  int64_t kv_hot_page_bytes = 0;          // the same for pages that the policy keeps in 16 bits
-  int64_t session_runtime_bytes = 0;      // host bookkeeping of one session at max_context
+  int64_t granularity = 1;            // commits are multiples of it
+  int64_t n_layers = 0;               // layers whose attention and cache live here
+  int64_t n_experts = 0;              // routed experts that live here, over all layers
+  int64_t transfer_bytes = 0;         // staging of one session for copies between other devices
+  int64_t kv_page_bytes = 0;          // committed per page of one session, all its layers
+  int64_t kv_hot_page_bytes = 0;      // the same for pages that the policy keeps in 16 bits
+  int64_t session_runtime_bytes = 0;  // host bookkeeping of one session at max_context
   // Predicted seconds of work in a full prefill chunk and in a decode step at the end of the
   // context.
   double prefill_seconds = 0, decode_seconds = 0;
@@ -53,6 +53,9 @@ struct PlanDevice {
   // With by_ladder: cache bytes at max_context that the budget does not hold; the ladder moves
   // them to other tiers or saves them by rewriting pages.  All sessions.
   int64_t kv_moved_bytes = 0;
+  // Of them, what every pass at max_context fetches, one session's: from host memory (to a card),
+  // and from the file.
+  int64_t kv_host_bytes = 0, kv_file_bytes = 0;
   // Bytes by phase and purpose with max_context tokens in each of sessions.max sessions.
   std::array<std::array<int64_t, kPurposeCount>, kPhaseCount> bytes{};
 
@@ -84,7 +87,7 @@ struct PlanSpeed {
 // A change of configuration that makes an infeasible plan feasible, verified by planning it.
 struct PlanAlternative {
   std::vector<std::pair<std::string, std::string>> changes;  // config keys and values
-  std::string text;        // "prefill.chunk=128: 22.1 of 24.0 GiB, 16,384 tokens"
+  std::string text;  // "prefill.chunk=128: 22.1 of 24.0 GiB, 16,384 tokens"
   int64_t max_context = 0;
 };
 
@@ -95,11 +98,11 @@ struct Plan {
   Config config;  // as asked for
 
   // Chosen, where the configuration said auto.
-  int64_t max_context = 0;      // tokens per session
-  int64_t prefill_chunk = 0;    // tokens
+  int64_t max_context = 0;                                  // tokens per session
+  int64_t prefill_chunk = 0;                                // tokens
   AttentionForm attention_form = AttentionForm::kExpanded;  // for full chunks
   KvType kv_type = KvType::kF16;
-  KvPolicy kv_policy;           // which pages have kv_type
+  KvPolicy kv_policy;  // which pages have kv_type
   int64_t kv_page_tokens = 0;
   int64_t kv_bytes_per_token = 0;  // all layers, without page rounding
 
@@ -117,7 +120,7 @@ struct Plan {
 
   std::vector<PlanDevice> devices;
   PlanSpeed speed;
-  Placement placement;  // what lives on which of them
+  Placement placement;               // what lives on which of them
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
   // Cache bytes of one session on a device, in whole pages, its own layers' and those that

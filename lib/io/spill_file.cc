@@ -146,6 +146,12 @@ void SpillFile::read_ahead(int64_t offset, int64_t bytes) const noexcept {
   (void)::posix_fadvise(fd_, offset, bytes, POSIX_FADV_WILLNEED);
 }
 
+Status SpillFile::leave_cache() const noexcept {
+  if (retried([&] { return ::fdatasync(fd_); }) < 0) return failed("flushing", 0, errno);
+  (void)::posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+  return {};
+}
+
 void SpillFile::discard(int64_t offset, int64_t bytes) const noexcept {
   (void)::fallocate(fd_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
 }

@@ -42,6 +42,8 @@ class SpillFile {
   Status read(int64_t offset, std::span<std::byte> bytes) const noexcept;
   // Says that these bytes will be read soon: the system may fetch them meanwhile.
   void read_ahead(int64_t offset, int64_t bytes) const noexcept;
+  // Writes everything to the disk and asks the system to hold none of it in memory.  Errors: kIo.
+  Status leave_cache() const noexcept;
   // Gives the disk blocks back where the file system can; the bytes are undefined afterwards.
   void discard(int64_t offset, int64_t bytes) const noexcept;
   const std::string& folder() const noexcept { return folder_; }

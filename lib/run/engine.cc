@@ -26,6 +26,8 @@ bool is_cpu_name(std::string_view name) {
 
 // Takes over the rates of devices and links of the same names.
 void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
+  machine.file_bytes_per_s = known.file_bytes_per_s;
+  machine.file_source = known.file_source;
   for (MachineDevice& device : machine.devices) {
     const int at = known.find(device.name);
     if (at < 0) continue;

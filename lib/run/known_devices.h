@@ -14,4 +14,7 @@ bool fill_documented(MachineDevice& device);
 // The documented link between devices of these kinds.
 MachineLink documented_link(DeviceKind a, DeviceKind b) noexcept;
 
+// Reads of a file that the system does not hold in memory: an NVMe disk behind PCIe 3.0.
+inline constexpr double kDocumentedFileRate = 2e9;
+
 }  // namespace fathom::run

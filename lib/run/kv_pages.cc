@@ -38,10 +38,10 @@ Result<std::unique_ptr<KvPages>> KvPages::create(std::shared_ptr<EngineState> en
   const auto n_devices = static_cast<int64_t>(options.layers_on_device.size());
   const bool spread = !options.spans.empty();
   const int64_t tables = tables_per_device(options.tiers, spread);
-  FATHOM_TRY_ASSIGN(p.tables_, p.engine_->allocate(p.engine_->host_device, Purpose::kRuntime,
-                                                   page_table_bytes(options.max_tokens,
-                                                                    options.layout.page_tokens,
-                                                                    n_devices * tables)));
+  FATHOM_TRY_ASSIGN(p.tables_, p.engine_->allocate(
+                                   p.engine_->host_device, Purpose::kRuntime,
+                                   page_table_bytes(options.max_tokens, options.layout.page_tokens,
+                                                    n_devices * tables)));
   auto* table = reinterpret_cast<KvPage*>(p.tables_.data());
   bool all_host = true;
   int64_t first_layer = 0;
@@ -85,9 +85,8 @@ Result<std::unique_ptr<KvPages>> KvPages::create(std::shared_ptr<EngineState> en
   const TierBytes bytes =
       tier_bytes(options.tiers, spread, options.policy, options.layout, all_host);
   for (Device& device : p.devices_) {
-    FATHOM_TRY_ASSIGN(device.staging,
-                      p.engine_->allocate(device.index, Purpose::kStaging,
-                                          device.n_layers > 0 ? bytes.staging : 0));
+    FATHOM_TRY_ASSIGN(device.staging, p.engine_->allocate(device.index, Purpose::kStaging,
+                                                          device.n_layers > 0 ? bytes.staging : 0));
   }
   FATHOM_TRY_ASSIGN(p.bounce_,
                     p.engine_->allocate(p.engine_->host_device, Purpose::kStaging, bytes.bounce));
@@ -177,6 +176,14 @@ int64_t KvPages::held_bytes(int device) const noexcept {
   return bytes;
 }
 
+int64_t KvPages::host_bytes_of(int device) const noexcept {
+  int64_t bytes = 0;
+  for (const Device& home : devices_)
+    for (const Part& part : home.parts)
+      if (part.device == device) bytes += part.host_pages.size_bytes();
+  return bytes;
+}
+
 int64_t KvPages::bytes_in(KvTier tier) const noexcept {
   int64_t bytes = 0;
   for (const Device& home : devices_)
@@ -225,8 +232,7 @@ void KvPages::drop_page(Device& home, int64_t page) noexcept {
   if (!part.is_moved(page)) {
     unmap_page(home, page);
   } else if (page >= part.file_end) {
-    part.host_pages.decommit(host_place(part, page),
-                             host_page_bytes(home, home.table[page].type));
+    part.host_pages.decommit(host_place(part, page), host_page_bytes(home, home.table[page].type));
   } else {
     forget_in_file(home, page);
   }

@@ -9,10 +9,10 @@
 //                    first_page    begin         file_end        host_end         end_page
 //
 // The oldest cold page of a part is always the next one to go down, so two numbers say where every
-// page is.  A page keeps its place in every tier, so moving needs no bookkeeping beyond them; in the
-// table its data is null while it is on no device.  Attention takes moved pages through a staging
-// buffer of home, and goes to those of parts elsewhere, or takes these through the buffer, too
-// (kv_stream.cc).
+// page is.  A page keeps its place in every tier, so moving needs no bookkeeping beyond them; in
+// the table its data is null while it is on no device.  Attention takes moved pages through a
+// staging buffer of home, and goes to those of parts elsewhere, or takes these through the buffer,
+// too (kv_stream.cc).
 #pragma once
 
 #include <cstdint>
@@ -74,10 +74,11 @@ class KvPages {
   int n_devices() const noexcept { return static_cast<int>(devices_.size()); }
   int64_t n_tokens() const noexcept { return n_tokens_; }
   int64_t n_pages() const noexcept { return n_pages_; }
-  int64_t size_bytes() const noexcept;  // memory of all devices and the host, not the file
+  int64_t size_bytes() const noexcept;          // memory of all devices and the host, not the file
   int64_t bytes_on(int device) const noexcept;  // the same of one device, tables and staging too
   // Bytes of pages in a tier, all devices.
   int64_t bytes_in(KvTier tier) const noexcept;
+  int64_t host_bytes_of(int device) const noexcept;  // that the device's own pages were moved to
   int64_t pages_in(int device, KvTier tier) const noexcept;
   // Bytes held on a device: its own pages, and on the host also those of the host tier.
   int64_t held_bytes(int device) const noexcept;
@@ -100,8 +101,8 @@ class KvPages {
   // On all devices at once, one type at a time, so that all rows of a page have one type.
   void requantise(int device, int64_t n_then, int64_t bytes, Moved& moved) noexcept;
   // What was moved comes back where there is room beside the pages of n_ahead tokens: the youngest
-  // pages of a device first, then those in the file to the host (kv_return.cc).  `freed` counts what
-  // was taken.
+  // pages of a device first, then those in the file to the host (kv_return.cc).  `freed` counts
+  // what was taken.
   Moved come_back(int64_t n_ahead);
   bool any_moved() const noexcept;
   // The type that the next page requantised for a device will have; none: there is no such page.

@@ -18,9 +18,8 @@ std::vector<KvPart> kv_parts(std::span<const KvSpan> spans,
       for (const KvSpan& span : spans) {
         if (span.home != home) continue;
         add(home, std::min(span.first_row / page_tokens, max_pages));
-        add(span.device, span.end_row == kKvNoEnd
-                             ? max_pages
-                             : std::min(span.end_row / page_tokens, max_pages));
+        add(span.device,
+            span.end_row == kKvNoEnd ? max_pages : std::min(span.end_row / page_tokens, max_pages));
       }
     add(home, max_pages);
   }
@@ -34,10 +33,13 @@ std::vector<KvPart> kv_parts(const Plan& plan) {
 }
 
 int64_t kv_page_bytes(const Plan& plan, const KvPart& part, KvType type) noexcept {
-  const KvLayout layout{plan.kv_page_tokens, plan.model.kv_lora_rank,
-                        plan.model.qk_rope_head_dim};
-  return kv_page_bytes(layout, type, plan.devices[static_cast<size_t>(part.home)].n_layers,
-                       plan.devices[static_cast<size_t>(part.device)].granularity);
+  return committed_bytes(kv_payload_bytes(plan, part, type),
+                         plan.devices[static_cast<size_t>(part.device)].granularity);
+}
+
+int64_t kv_payload_bytes(const Plan& plan, const KvPart& part, KvType type) noexcept {
+  const KvLayout layout{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim};
+  return layout.page_bytes(type, plan.devices[static_cast<size_t>(part.home)].n_layers);
 }
 
 }  // namespace fathom::run
@@ -50,11 +52,10 @@ int64_t Plan::kv_bytes(int device, int64_t n_tokens) const {
     if (part.device != device) continue;
     const int64_t cold = run::kv_page_bytes(*this, part, kv_type);
     const int64_t hot = run::kv_page_bytes(*this, part, kv_policy.hot_type);
-    bytes += std::max(
-        kv_policy.bytes(kv_policy.last_page_begun(n_tokens, part.end_page), cold, hot,
-                        part.first_page, part.end_page),
-        kv_policy.reserved_bytes(std::min(config.context_reserve, n_tokens), cold, hot,
-                                 part.first_page, part.end_page));
+    bytes += std::max(kv_policy.bytes(kv_policy.last_page_begun(n_tokens, part.end_page), cold, hot,
+                                      part.first_page, part.end_page),
+                      kv_policy.reserved_bytes(std::min(config.context_reserve, n_tokens), cold,
+                                               hot, part.first_page, part.end_page));
   }
   return bytes;
 }

@@ -31,5 +31,7 @@ inline int64_t kv_page_bytes(const KvLayout& layout, KvType type, int64_t n_laye
   return committed_bytes(layout.page_bytes(type, n_layers), granularity);
 }
 int64_t kv_page_bytes(const Plan& plan, const KvPart& part, KvType type) noexcept;
+// The same without rounding to what the device commits: as a page is in the file.
+int64_t kv_payload_bytes(const Plan& plan, const KvPart& part, KvType type) noexcept;
 
 }  // namespace fathom::run

@@ -20,9 +20,8 @@ int64_t KvPages::growth_bytes(int device, int64_t n_then) const noexcept {
 }
 
 bool KvPages::is_resident(int64_t page) const noexcept {
-  return std::none_of(devices_.begin(), devices_.end(), [&](const Device& home) {
-    return part_of(home, page).is_moved(page);
-  });
+  return std::none_of(devices_.begin(), devices_.end(),
+                      [&](const Device& home) { return part_of(home, page).is_moved(page); });
 }
 
 std::optional<KvType> KvPages::next_type(int device, int64_t n_then) const noexcept {
@@ -105,14 +104,12 @@ LadderGains KvPages::gains(int device, int64_t n_then) const noexcept {
   if (const std::optional<KvType> type = next_type(device, n_then))
     for (int64_t page = first_moved(); page < movable(n_then); ++page)
       if (is_resident(page))
-        gains[LadderStep::kRequantise] +=
-            std::max<int64_t>(page_bytes_on(device, page, type_of(page)) -
-                                  page_bytes_on(device, page, *type),
-                              0);
+        gains[LadderStep::kRequantise] += std::max<int64_t>(
+            page_bytes_on(device, page, type_of(page)) - page_bytes_on(device, page, *type), 0);
   // A page of the host tier that does not fit there any more is no gain.
   const auto [home, part] = const_cast<KvPages*>(this)->oldest_movable(device, n_then);
-  if (part == nullptr || gains[LadderStep::kSpill] <
-                             page_bytes(*home, *part, home->table[part->host_end].type))
+  if (part == nullptr ||
+      gains[LadderStep::kSpill] < page_bytes(*home, *part, home->table[part->host_end].type))
     gains[LadderStep::kSpill] = 0;
   return gains;
 }
@@ -131,7 +128,11 @@ Status KvPages::file_write(int64_t offset, const std::byte* data, int64_t bytes)
 }
 
 Status KvPages::file_read(int64_t offset, std::byte* out, int64_t bytes) const noexcept {
-  if (engine_->simulation) return {};
+  if (engine_->simulation) {
+    engine_->simulation->read_file(bytes, stream_rows(options_.layout.page_tokens) /
+                                              options_.layout.page_tokens * layer_stride_);
+    return {};
+  }
   return file_.read(offset, {out, static_cast<size_t>(bytes)});
 }
 
@@ -185,8 +186,8 @@ Status KvPages::host_to_file(Device& home, Part& part, int64_t page) {
   const KvType type = home.table[page].type;
   const int64_t bytes = options_.layout.layer_bytes(type), at = host_place(part, page);
   for (int64_t slot = 0; slot < home.n_layers; ++slot)
-    FATHOM_TRY(file_write(file_offset(home, slot, page),
-                          part.host_pages.data(at) + slot * bytes, bytes));
+    FATHOM_TRY(
+        file_write(file_offset(home, slot, page), part.host_pages.data(at) + slot * bytes, bytes));
   part.host_pages.decommit(at, host_page_bytes(home, type));
   ++part.file_end;
   return {};
@@ -242,8 +243,7 @@ void KvPages::requantise(int device, int64_t n_then, int64_t bytes, Moved& moved
   }
 }
 
-Status KvPages::read(int home, int64_t page, int64_t offset, std::byte* out,
-                     int64_t bytes) const {
+Status KvPages::read(int home, int64_t page, int64_t offset, std::byte* out, int64_t bytes) const {
   const Device& d = devices_[static_cast<size_t>(home)];
   const Part& part = part_of(d, page);
   const KvPage& entry = d.table[page];

@@ -211,7 +211,7 @@ Result<MachineDescription> MachineDescription::parse(std::string_view json) {
     return Status(Code::kConfig, fmt::format("a machine is a JSON object, found {}",
                                              io::json_type_name(root.type())))
         .at(root.offset());
-  FATHOM_TRY(check_keys(root, "machine", {"name", "devices", "links", "expert_skew"}));
+  FATHOM_TRY(check_keys(root, "machine", {"name", "devices", "links", "file", "expert_skew"}));
   MachineDescription machine;
   FATHOM_TRY(read_text(root, "machine", "name", machine.name));
   FATHOM_TRY(read_number(root, "machine", "expert_skew", kMaxSkew, machine.expert_skew));
@@ -225,6 +225,13 @@ Result<MachineDescription> MachineDescription::parse(std::string_view json) {
   for (const JsonValue device : devices) {
     FATHOM_TRY_ASSIGN(MachineDevice read, read_device(device, machine.devices.size()));
     machine.devices.push_back(std::move(read));
+  }
+  if (const JsonValue file = root.find("file"); !file.is_null_or_absent()) {
+    if (!file.is_object()) return bad("file", "machine: file must be an object").at(file.offset());
+    FATHOM_TRY(check_keys(file, "file", {"bytes_per_s", "source"}));
+    FATHOM_TRY(read_number(file, "file", "bytes_per_s", kMaxRate, machine.file_bytes_per_s));
+    machine.file_source = RateSource::kDeclared;
+    FATHOM_TRY(read_source(file, "file", machine.file_source));
   }
   const JsonValue links = root.find("links");
   if (!links.is_null_or_absent() && !links.is_array())
@@ -298,6 +305,14 @@ Status MachineDescription::complete() {
       return bad("operation_s", fmt::format("{}: operation_s = {}: must be in [0, {}]", device.name,
                                             device.operation_s, kMaxLatency));
   }
+
+  if (file_bytes_per_s == 0) {
+    file_bytes_per_s = run::kDocumentedFileRate;
+    file_source = RateSource::kDocumented;
+  }
+  if (!(file_bytes_per_s >= 1 && file_bytes_per_s <= kMaxRate))
+    return bad("file", fmt::format("file: bytes_per_s = {}: must be in [1, {:g}]", file_bytes_per_s,
+                                   kMaxRate));
 
   std::vector<MachineLink> all;
   for (int a = 0; a < static_cast<int>(devices.size()); ++a)
@@ -388,7 +403,11 @@ std::string MachineDescription::to_json() const {
         run::json_quote(devices[static_cast<size_t>(link.from)].name),
         run::json_quote(devices[static_cast<size_t>(link.to)].name), rate_text(link.bytes_per_s),
         rate_text(link.latency_s), rate_source_name(link.source));
-  return out + fmt::format("\n  ],\n  \"expert_skew\": {}\n}}", rate_text(expert_skew));
+  return out + fmt::format(
+                   "\n  ],\n  \"file\": {{\"bytes_per_s\": {}, \"source\": \"{}\"}},\n  "
+                   "\"expert_skew\": {}\n}}",
+                   rate_text(file_bytes_per_s), rate_source_name(file_source),
+                   rate_text(expert_skew));
 }
 
 }  // namespace fathom

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "../io/arena.h"
+#include "../io/spill_file.h"
 #include "../nn/transfer.h"
 #include "cost_model.h"
 #include "engine_state.h"
@@ -229,6 +230,31 @@ Status measure_link(run::EngineState& engine, MachineLink& link, double figure_s
   return {};
 }
 
+// Pieces of a file that the system does not hold, each asked for while the one before is read.
+Status measure_file(run::EngineState& engine, double total_s, MachineDescription& machine) {
+  constexpr int64_t kPiece = 4 * kMiB;
+  const Config& config = engine.config;
+  const int64_t n_pieces =
+      std::max<int64_t>(2, static_cast<int64_t>(kCopyBytes * std::min(total_s, 4.0)) / kPiece);
+  FATHOM_TRY_ASSIGN(const run::MemoryRange memory,
+                    engine.allocate(engine.host_device, Purpose::kStaging, kPiece));
+  const std::span<std::byte> piece(memory.data(), kPiece);
+  Result<io::SpillFile> made =
+      io::SpillFile::create(config.kv_spill_folder, config.kv_spill_tmpfs == SpillTmpfs::kAllow);
+  if (!made.ok()) return {};  // no file will be read there: sessions say why when they want one
+  const io::SpillFile file = std::move(made).value();
+  for (int64_t i = 0; i < n_pieces; ++i) FATHOM_TRY(file.write(i * kPiece, piece));
+  FATHOM_TRY(file.leave_cache());
+  const double start = now();
+  for (int64_t i = 0; i < n_pieces; ++i) {
+    if (i + 1 < n_pieces) file.read_ahead((i + 1) * kPiece, kPiece);
+    FATHOM_TRY(file.read(i * kPiece, piece));
+  }
+  machine.file_bytes_per_s = static_cast<double>(n_pieces * kPiece) / std::max(now() - start, 1e-9);
+  machine.file_source = RateSource::kMeasured;
+  return {};
+}
+
 }  // namespace
 
 Result<MachineDescription> Engine::measure(double seconds_per_device) const {
@@ -246,6 +272,9 @@ Result<MachineDescription> Engine::measure(double seconds_per_device) const {
     }
     for (MachineLink& link : machine.links)
       FATHOM_TRY(measure_link(*state_, link, seconds_per_device / kFigures));
+    const std::vector<KvTier>& tiers = state_->config.kv_tiers;
+    if (std::find(tiers.begin(), tiers.end(), KvTier::kFile) != tiers.end())
+      FATHOM_TRY(measure_file(*state_, seconds_per_device, machine));
     FATHOM_TRY(machine.complete());
     return machine;
   });

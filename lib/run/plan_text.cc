@@ -145,14 +145,14 @@ std::string Plan::to_json() const {
     list += fmt::format(
         "{}    {{\"name\": {}, \"kind\": \"{}\", \"budget_bytes\": {}, \"peak_bytes\": {}, "
         "\"n_layers\": {}, \"n_experts\": {}, \"kv_page_bytes\": {}, \"kv_moved_bytes\": {}, "
-        "\"expert_cache_bytes\": {},\n     "
+        "\"kv_host_bytes\": {}, \"kv_file_bytes\": {}, \"expert_cache_bytes\": {},\n     "
         "\"prefill_seconds\": {:.6g}, \"decode_seconds\": {:.6g},\n     \"purposes\": {},\n     "
         "\"phases\": {{{}}}}}",
         list.empty() ? "" : ",\n", run::json_quote(device.name),
         device.kind == DeviceKind::kCpu ? "cpu" : "cuda", device.budget_bytes, device.peak_bytes(),
         device.n_layers, device.n_experts, device.kv_page_bytes, device.kv_moved_bytes,
-        device.expert_cache_bytes, device.prefill_seconds, device.decode_seconds,
-        purposes_json(device, -1), phases);
+        device.kv_host_bytes, device.kv_file_bytes, device.expert_cache_bytes,
+        device.prefill_seconds, device.decode_seconds, purposes_json(device, -1), phases);
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
   add("placement", placement_json(*this));

@@ -248,7 +248,8 @@ Result<Plan> Planner::plan_once(const Config& config, Wanted wanted, bool with_c
   }
   choose_chunk_and_context(plan, map);
   // Their buffers must not be what makes a plan fail.
-  if (!plan.feasible && !plan.placement.keeps_copies.empty()) return plan_once(config, wanted, false);
+  if (!plan.feasible && !plan.placement.keeps_copies.empty())
+    return plan_once(config, wanted, false);
   set_copies(plan, map);
   predict(plan, engine_->machine, map.weights());
   return plan;
@@ -379,8 +380,8 @@ bool Planner::fits(const Plan& plan) const {
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     const int64_t peak = plan.devices[d].peak_bytes();
     // What a device holds for its own life is the engine's matter where the model is not on it.
-    const bool used = plan.placement.uses(static_cast<int>(d)) ||
-                      static_cast<int>(d) == engine_->host_device;
+    const bool used =
+        plan.placement.uses(static_cast<int>(d)) || static_cast<int>(d) == engine_->host_device;
     if (used && peak > budget(plan, static_cast<int>(d))) return false;
     if (plan.devices[d].kind == DeviceKind::kCpu) host += peak;
   }
@@ -418,11 +419,11 @@ void Planner::set_context(Plan& plan, int64_t n_tokens) const {
     PlanDevice& device = plan.devices[d];
     int64_t runtime = engine_->devices[d]->runtime_bytes() + device.copy_runtime_bytes;
     if (static_cast<int>(d) == engine_->host_device) {
-      device.session_runtime_bytes = session_runtime_bytes(
-          n_tokens, plan.kv_page_tokens,
-          static_cast<int64_t>(plan.devices.size()) *
-              tables_per_device(plan.config.kv_tiers, spread),
-          device.granularity);
+      device.session_runtime_bytes =
+          session_runtime_bytes(n_tokens, plan.kv_page_tokens,
+                                static_cast<int64_t>(plan.devices.size()) *
+                                    tables_per_device(plan.config.kv_tiers, spread),
+                                device.granularity);
       runtime += plan.config.sessions_max * device.session_runtime_bytes;
     }
     for (Phase phase : {Phase::kPrefill, Phase::kDecode}) {
@@ -452,9 +453,10 @@ void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
   const LadderReach reach = ladder_reach(config);
   const std::vector<KvPart> parts = kv_parts(plan);
   std::vector<int64_t> full(plan.devices.size()), floor(plan.devices.size());
+  std::vector<int64_t> savings(plan.devices.size());  // of pages rewritten in the smallest type
   for (size_t d = 0; d < plan.devices.size(); ++d) {
     PlanDevice& device = plan.devices[d];
-    device.kv_moved_bytes = 0;
+    device.kv_moved_bytes = device.kv_host_bytes = device.kv_file_bytes = 0;
     full[d] = config.sessions_max * plan.kv_bytes(static_cast<int>(d), n_tokens);
     const bool leaves = reach.file || (reach.host && device.kind != DeviceKind::kCpu);
     floor[d] = full[d];
@@ -462,12 +464,16 @@ void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
     for (const KvPart& part : parts) {
       if (!plan.by_ladder || part.device != static_cast<int>(d)) continue;
       const int64_t page = run::kv_page_bytes(plan, part, plan.kv_type);
-      const int64_t smallest =
-          leaves ? 0 : reach.floor_type ? run::kv_page_bytes(plan, part, *reach.floor_type) : page;
-      floor[d] += config.sessions_max *
-                  floor_bytes(plan.kv_policy, n_tokens, plan.prefill_chunk, smallest, page,
-                              run::kv_page_bytes(plan, part, plan.kv_policy.hot_type),
-                              part.first_page, part.end_page);
+      const int64_t rewritten =
+          reach.floor_type ? run::kv_page_bytes(plan, part, *reach.floor_type) : page;
+      const auto least = [&](int64_t movable_page) {
+        return config.sessions_max *
+               floor_bytes(plan.kv_policy, n_tokens, plan.prefill_chunk, movable_page, page,
+                           run::kv_page_bytes(plan, part, plan.kv_policy.hot_type), part.first_page,
+                           part.end_page);
+      };
+      floor[d] += least(leaves ? 0 : rewritten);
+      savings[d] += least(page) - least(rewritten);
     }
     set(d, floor[d]);
   }
@@ -489,14 +495,49 @@ void Planner::set_cache(Plan& plan, int64_t n_tokens) const {
     if (device.kind != DeviceKind::kCpu && reach.host) to_host += device.kv_moved_bytes;
   }
   // Without a file, all that leaves other devices must find room on the host.
+  int64_t host_room = 0;
   if (to_host > 0) {
     const auto h = static_cast<size_t>(engine_->host_device);
     PlanDevice& host = plan.devices[h];
     const int64_t held = host.bytes[index(Phase::kPrefill)][index(Purpose::kKv)];
     const int64_t left =
         std::max<int64_t>(budget(plan, engine_->host_device) - host.total(Phase::kPrefill), 0);
-    set(h, held + (reach.file ? std::min(to_host, left / host.granularity * host.granularity)
-                              : to_host));
+    host_room =
+        reach.file ? std::min(to_host, left / host.granularity * host.granularity) : to_host;
+    set(h, held + host_room);
+  }
+  // The steps take what is moved in their order.  A page on its way has no rounding to what its
+  // device commits.
+  for (size_t d = 0; d < plan.devices.size(); ++d) {
+    PlanDevice& device = plan.devices[d];
+    int64_t need = device.kv_moved_bytes;
+    if (need == 0) continue;
+    int64_t committed = 0, payload = 0;
+    for (const KvPart& part : parts)
+      if (part.device == static_cast<int>(d)) {
+        committed += run::kv_page_bytes(plan, part, plan.kv_type);
+        payload += kv_payload_bytes(plan, part, plan.kv_type);
+      }
+    const double ratio = static_cast<double>(payload) / static_cast<double>(committed);
+    const auto fetched = [&](int64_t bytes) {
+      return static_cast<int64_t>(static_cast<double>(bytes) * ratio) / config.sessions_max;
+    };
+    const auto take = [&](int64_t most) {
+      const int64_t bytes = std::clamp<int64_t>(most, 0, need);
+      need -= bytes;
+      return bytes;
+    };
+    for (const LadderStep step : config.kv_ladder) {
+      if (step == LadderStep::kSpill && reach.host && device.kind != DeviceKind::kCpu) {
+        const int64_t bytes = take(static_cast<int64_t>(static_cast<double>(host_room) / ratio));
+        host_room -= static_cast<int64_t>(static_cast<double>(bytes) * ratio);
+        device.kv_host_bytes = fetched(bytes);
+      } else if (step == LadderStep::kRequantise) {
+        take(savings[d]);
+      } else if (step == LadderStep::kFile && reach.file) {
+        device.kv_file_bytes = fetched(take(need));
+      }
+    }
   }
 }
 
@@ -529,11 +570,12 @@ void Planner::set_copies(Plan& plan, const nn::WeightMap& map) const {
       n += layer.n_elsewhere;
       largest = std::max(largest, layer.expert_bytes);
     }
-    plan.remarks.push_back(fmt::format(
-        "experts.cache: {}: copies of up to {} of the {} experts of its layers that live elsewhere, "
-        "{} at {} tokens",
-        device.name, std::min(n, device.expert_cache_bytes / largest), n,
-        std::min(n, stays / largest), plan.max_context));
+    plan.remarks.push_back(
+        fmt::format("experts.cache: {}: copies of up to {} of the {} experts of its layers that "
+                    "live elsewhere, "
+                    "{} at {} tokens",
+                    device.name, std::min(n, device.expert_cache_bytes / largest), n,
+                    std::min(n, stays / largest), plan.max_context));
   }
 }
 

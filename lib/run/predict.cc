@@ -6,45 +6,43 @@
 #include "../nn/transfer.h"
 #include "kv_pages.h"
 #include "kv_parts.h"
-#include "ladder.h"
 #include "simulated_backend.h"
 
 namespace fathom::run {
 namespace {
 
-// Pages of a card that are in the host's memory when a text of n tokens is as the plan has it:
-// [first_cold_page(), the answer).
-int64_t host_end(const Plan& plan, int device, int64_t n_tokens) {
-  const PlanDevice& d = plan.devices[static_cast<size_t>(device)];
-  const int64_t first = plan.kv_policy.first_cold_page();
-  if (!plan.by_ladder || !ladder_reach(plan.config).host || d.kind == DeviceKind::kCpu ||
-      d.kv_page_bytes == 0 || !plan.placement.kv.empty())
-    return first;
-  const int64_t held =
-      d.bytes[static_cast<size_t>(Phase::kDecode)][static_cast<size_t>(Purpose::kKv)] /
-      plan.config.sessions_max;
-  const int64_t missing = plan.kv_bytes(device, n_tokens) - held;
-  const int64_t pages = (missing + d.kv_page_bytes - 1) / d.kv_page_bytes;
-  return std::clamp(first + pages, first, plan.kv_policy.cold_end(n_tokens));
-}
-
-// Rows of one type at no address; those on other devices than their layers, and those of a card
-// that the host holds, cost the copies that KvPages makes.
+// Rows of one type at no address; those on other devices than their layers, in host memory or in
+// the file cost the copies that KvPages makes.
 class PredictedRows final : public nn::RowSourceOf {
  public:
   PredictedRows(const Plan& plan, int64_t n_rows, std::span<const nn::Stage> stages,
-                std::byte* staging, int host)
-      : layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
+                SimulatedMachine& clocks, std::byte* staging)
+      : clocks_(clocks),
+        layout_{plan.kv_page_tokens, plan.model.kv_lora_rank, plan.model.qk_rope_head_dim},
         parts_(kv_parts(plan)),
         stages_(stages),
-        staging_(staging),
-        host_(host) {
-    for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
-      host_end_.push_back(host_end(plan, d, n_rows));
+        staging_(staging) {
     const KvPolicy& policy = plan.kv_policy;
     const int64_t first = policy.first_cold_page(), end = policy.cold_end(n_rows);
     for (int64_t page = 0; page < policy.pages_for(n_rows); ++page)
       pages_.push_back({nullptr, page >= first && page < end ? policy.type : policy.hot_type});
+    // What is resident is the same at all lengths; the oldest of the rest is in the file.
+    for (const KvPart& part : parts_) {
+      const PlanDevice& device = plan.devices[static_cast<size_t>(part.device)];
+      int64_t bytes = 0;  // of a page of all parts there
+      for (const KvPart& other : parts_)
+        if (other.device == part.device) bytes += kv_payload_bytes(plan, other, plan.kv_type);
+      const auto tokens = [&](int64_t of) {
+        return bytes == 0 ? 0 : (of + bytes - 1) / bytes * plan.kv_page_tokens;
+      };
+      const int64_t host = tokens(device.kv_host_bytes), file = tokens(device.kv_file_bytes);
+      const int64_t away = std::max<int64_t>(host + file - (plan.max_context - n_rows), 0);
+      Moved moved;
+      moved.begin = std::max(part.first_page, first) * plan.kv_page_tokens;
+      moved.file_end = moved.begin + std::max<int64_t>(away - host, 0);
+      moved.host_end = moved.begin + away;
+      moved_.push_back(moved);
+    }
   }
   KvRows rows(int, int64_t layer_slot, int64_t n_rows) const noexcept override {
     return {pages_.data(), layout_, layer_slot, 0, n_rows};
@@ -53,13 +51,17 @@ class PredictedRows final : public nn::RowSourceOf {
                      int64_t end_row, nn::Where where) const noexcept override {
     const KvPart& part = part_of(stage, first_row);
     end_row = std::min(end_row, end_of(part));
-    if (host_ >= 0 && first_row < host_end_[static_cast<size_t>(stage)] * layout_.page_tokens) {
-      const int64_t step = stream_rows(layout_.page_tokens);
-      end_row = std::min(end_row, first_row / step * step + step);
-      (void)stages_[static_cast<size_t>(stage)].device->sync(op);
-      copy(host_, stage, first_row,
-           std::min(end_row, host_end_[static_cast<size_t>(stage)] * layout_.page_tokens));
-      return {RowSourceOf::room(stage, layer_slot, op, first_row, end_row), stage};
+    if (where == nn::Where::kAnywhere || part.device == stage) {
+      const Moved& moved = moved_[static_cast<size_t>(&part - parts_.data())];
+      if (first_row < moved.host_end) {
+        const int64_t step = stream_rows(layout_.page_tokens);
+        for (const int64_t end : {moved.begin, moved.file_end, moved.host_end})
+          if (first_row < end) end_row = std::min(end_row, end);
+        if (first_row >= moved.begin) {
+          end_row = std::min(end_row, first_row / step * step + step);
+          fetch(stage, first_row, end_row, first_row < moved.file_end);
+        }
+      }
     }
     const KvRows piece = RowSourceOf::room(stage, layer_slot, op, first_row, end_row);
     if (where == nn::Where::kAnywhere) return {piece, part.device};
@@ -77,6 +79,23 @@ class PredictedRows final : public nn::RowSourceOf {
   }
 
  private:
+  struct Moved {  // rows: the file's, then the host's
+    int64_t begin = 0, file_end = 0, host_end = 0;
+  };
+  // Through the staging buffer, which the operation before may still read.
+  void fetch(int stage, int64_t first_row, int64_t end_row, bool from_file) const noexcept {
+    const nn::Stage& s = stages_[static_cast<size_t>(stage)];
+    (void)s.device->sync(s.op);
+    for (int64_t row = first_row; row < end_row; row += layout_.page_tokens) {
+      const int64_t n = std::min(end_row - row, layout_.page_tokens);
+      const KvType type = pages_[static_cast<size_t>(row / layout_.page_tokens)].type;
+      const int64_t bytes = n * (layout_.latent_row_bytes(type) + layout_.rope_row_bytes(type));
+      if (from_file)
+        clocks_.read_file(bytes, stream_rows(layout_.page_tokens) / layout_.page_tokens *
+                                     layout_.layer_bytes(type));
+      if (!s.device->host_accessible()) (void)s.device->upload(s.scratch.q, staging_, bytes);
+    }
+  }
   const KvPart& part_of(int home, int64_t row) const noexcept {
     return *std::find_if(parts_.begin(), parts_.end(), [&](const KvPart& part) {
       return part.home == home && row / layout_.page_tokens < part.end_page;
@@ -108,13 +127,13 @@ class PredictedRows final : public nn::RowSourceOf {
     }
   }
 
+  SimulatedMachine& clocks_;
   KvLayout layout_;
   std::vector<KvPage> pages_;
   std::vector<KvPart> parts_;
+  std::vector<Moved> moved_;  // by part
   std::span<const nn::Stage> stages_;
   std::byte* staging_;
-  int host_;                       // -1: none
-  std::vector<int64_t> host_end_;  // by device
 };
 
 // Layers look for copies of experts and find none: what a full cache leaves of them.
@@ -162,19 +181,17 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     auto* base = reinterpret_cast<void*>(static_cast<uintptr_t>((d + 1) * kAddresses));
     clocks->add_range(base, kAddresses, d);
     Arena arena(base, kAddresses);
-    stages.push_back(
-        {.device = devices.back().get(),
-         .op = {},
-         .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens,
-                                       nn::DeviceRoles::of(plan.placement, d))});
+    stages.push_back({.device = devices.back().get(),
+                      .op = {},
+                      .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens,
+                                                    nn::DeviceRoles::of(plan.placement, d))});
     if (d == std::max(machine.host(), 0)) {
       staging = static_cast<std::byte*>(base) + kAddresses / 2;
       host_logits = reinterpret_cast<float*>(staging + kAddresses / 4);
     }
   }
   const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
-  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, staging,
-                           machine.host());
+  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, *clocks, staging);
   const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
   NoCopies none(plan.placement, weights);
   const nn::ForwardParams params{.config = plan.model,

@@ -100,7 +100,9 @@ void SessionState::carve_scratch(int64_t n) {
     stages[i].op = {workspace.data(), workspace.size_bytes()};
     if (buffers.host_logits != nullptr) logits = buffers.host_logits;
   }
-  if (model.engine().state()->devices[static_cast<size_t>(plan.placement.head_device)]
+  if (model.engine()
+          .state()
+          ->devices[static_cast<size_t>(plan.placement.head_device)]
           ->host_accessible())
     logits = stages[static_cast<size_t>(plan.placement.head_device)].scratch.logits;
   chunk = n;
@@ -134,9 +136,7 @@ Status SessionState::take_scratch() {
         .bytes(refused.bytes_needed(), refused.bytes_available());
   }
   for (size_t d = 0; d < plan.devices.size(); ++d)
-    stages.push_back({.device = model.engine().state()->devices[d].get(),
-                      .op = {},
-                      .scratch = {}});
+    stages.push_back({.device = model.engine().state()->devices[d].get(), .op = {}, .scratch = {}});
   carve_scratch(chunk);
   if (chunk < plan.prefill_chunk) tell_chunk(plan.prefill_chunk, 0);
   return {};
@@ -237,16 +237,33 @@ LadderGains SessionState::ladder_gains(int device, int64_t n_then) const {
 }
 
 // A run of the same kind is one event, which grows.
-void SessionState::tell(const char* kind, int64_t bytes, std::string text) {
+void SessionState::tell(const char* kind, int64_t bytes, std::string text, double pass_seconds) {
+  if (pass_seconds > 0) text += fmt::format(", about {:.3g} ms", pass_seconds * 1e3);
   timeline().mark(kind, text, n_tokens, bytes);
   if (!events.empty() && events.back().kind == kind) {
     events.back().bytes += bytes;
     events.back().text = std::move(text);
+    events.back().pass_seconds = pass_seconds;
     return;
   }
   model.engine().state()->log(LogLevel::kWarn,
                               fmt::format("{} at token {}: {}", kind, n_tokens, text));
-  events.push_back({.kind = kind, .text = std::move(text), .position = n_tokens, .bytes = bytes});
+  events.push_back({.kind = kind,
+                    .text = std::move(text),
+                    .position = n_tokens,
+                    .bytes = bytes,
+                    .pass_seconds = pass_seconds});
+}
+
+// Read-ahead may hide some of it behind the arithmetic.
+double SessionState::moved_seconds() const {
+  const KvPages& pages = cache.pages();
+  const EngineState& engine = *model.engine().state();
+  double s = static_cast<double>(pages.bytes_in(KvTier::kFile)) / engine.machine.file_bytes_per_s;
+  for (int d = 0; d < pages.n_devices(); ++d)
+    if (const int64_t bytes = pages.host_bytes_of(d); bytes > 0)
+      s += static_cast<double>(bytes) / engine.machine.link(d, engine.host_device).bytes_per_s;
+  return s;
 }
 
 Status SessionState::take_step(LadderStep step, int device, int64_t n_then, int64_t bytes) {
@@ -288,7 +305,8 @@ Status SessionState::take_step(LadderStep step, int device, int64_t n_then, int6
                           stages[static_cast<size_t>(device)].device->name())
             : fmt::format("{} cold tokens are in the spill file; every pass reads {} bytes from it",
                           pages.pages_in(device, KvTier::kFile) * page_tokens,
-                          pages.bytes_in(KvTier::kFile)));
+                          pages.bytes_in(KvTier::kFile)),
+        moved_seconds());
   return status;
 }
 
@@ -320,7 +338,8 @@ void SessionState::return_pages(int64_t n_then) {
         "returned", back.freed,
         fmt::format("memory is there again: {} pages came back, {} bytes are in host memory and {} "
                     "in the file",
-                    back.pages, pages.bytes_in(KvTier::kHost), pages.bytes_in(KvTier::kFile)));
+                    back.pages, pages.bytes_in(KvTier::kHost), pages.bytes_in(KvTier::kFile)),
+        moved_seconds());
 }
 
 Status SessionState::grow(int64_t n_then, bool in_passes) {

@@ -120,18 +120,18 @@ class SessionState final : public nn::RowSourceOf {
   std::vector<nn::Stage> stages;     // one per device of the engine
   MemoryRange staging;               // for copies between devices
   float* logits = nullptr;           // host memory; the first row is that of the last token
-  MemoryRange history;  // int32_t [max_tokens]
+  MemoryRange history;               // int32_t [max_tokens]
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;
-  int64_t chunk = 0;  // longest pass that the scratch has room for
+  int64_t chunk = 0;                     // longest pass that the scratch has room for
   std::vector<int64_t> groups_of_batch;  // what batch_groups() found; 0: not asked yet
   bool has_logits = false;
-  bool lost = false;  // lose_memory() was called
+  bool lost = false;                  // lose_memory() was called
   std::vector<TokenLogit> likeliest;  // as TopKParams::out; empty: steps bring logits
   bool has_likeliest = false;         // of the last token, whose logits are on the device alone
   SessionTimes times;
   std::vector<Event> events;
-  MemorySnapshot memory;  // what report() shows, kept so that it allocates once
+  MemorySnapshot memory;             // what report() shows, kept so that it allocates once
   const nn::Trace* trace = nullptr;  // for tests
 
  private:
@@ -152,7 +152,9 @@ class SessionState final : public nn::RowSourceOf {
   // Pages that were moved come back when memory does.
   void return_pages(int64_t n_then);
   int64_t kv_bytes_of(KvType type) const noexcept;  // per token, all layers
-  void tell(const char* kind, int64_t bytes, std::string text);
+  void tell(const char* kind, int64_t bytes, std::string text, double pass_seconds = 0);
+  // What every pass spends on fetching moved pages, by the rates of Engine::machine().
+  double moved_seconds() const;
   Status take_step(LadderStep step, int device, int64_t n_then, int64_t bytes);
   // Climbs one step that frees memory on the device that refused; false at the end of the ladder.
   // A step that failed is passed over and told in `trouble`.  Errors: kDevice.

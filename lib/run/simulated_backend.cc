@@ -54,6 +54,11 @@ void SimulatedMachine::transfer(int from, int to, int64_t bytes) noexcept {
   advance(host_, now(), seconds(machine_.link(from, to), bytes));
 }
 
+void SimulatedMachine::read_file(int64_t bytes, int64_t ahead_bytes) noexcept {
+  const auto s = [&](int64_t n) { return static_cast<double>(n) / machine_.file_bytes_per_s; };
+  advance(host_, advance(file_, now() - s(ahead_bytes), s(bytes)), 0);
+}
+
 void SimulatedMachine::add_range(const void* base, int64_t bytes, int device) {
   std::lock_guard lock(mutex_);
   const auto* begin = static_cast<const std::byte*>(base);

@@ -37,6 +37,8 @@ class SimulatedMachine {
   void wait(int device) noexcept;
   // Moves bytes between two devices, or within one; waits for the end.
   void transfer(int from, int to, int64_t bytes) noexcept;
+  // Waits for the next bytes of the spill file.  The disk fetches `ahead_bytes` while nobody waits.
+  void read_file(int64_t bytes, int64_t ahead_bytes) noexcept;
 
   void add_range(const void* base, int64_t bytes, int device);
   void remove_range(const void* base) noexcept;
@@ -68,9 +70,10 @@ class SimulatedMachine {
   std::vector<Clock> clocks_;
   SimulatedRouting routing_;
   std::atomic<double> host_{0};
-  mutable std::mutex mutex_;   // of what follows
-  std::vector<Range> ranges_;  // sorted by address
-  std::vector<int64_t> free_;  // by device
+  std::atomic<double> file_{0};  // how far the disk has come
+  mutable std::mutex mutex_;     // of what follows
+  std::vector<Range> ranges_;    // sorted by address
+  std::vector<int64_t> free_;    // by device
 };
 
 // Sizes - layouts and workspaces - are those of a real backend, `rules`: the CPU's, whose kernels
