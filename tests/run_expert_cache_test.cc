@@ -226,7 +226,7 @@ TEST_CASE("a budget lowered while text is generated takes copies first, then cli
           "[expert_cache]") {
   test::TemporaryFolder folder("lowered");
   for (const char* ladder : {"file", "requantise"}) {
-    const auto tokens = long_text(1400);
+    const auto tokens = long_text(1800);
     const test::Settings common = with(kApart, {{"context.max", "2048"},
                                                 {"prefill.chunk", "64"},
                                                 {"kv.page_tokens", "64"},
@@ -270,7 +270,7 @@ TEST_CASE("a budget lowered while text is generated takes copies first, then cli
     CHECK(session.events().empty());  // nobody has grown yet
     bool same = true;
     const char* kind = std::string(ladder) == "file" ? "spilled_to_file" : "requantised";
-    while (at < tokens.size()) {
+    while (at < 1400) {
       same = step();
       // The same bits, until a page is requantised.
       if (!same) CHECK(count_events(session, "requantised") == 1);
@@ -281,6 +281,18 @@ TEST_CASE("a budget lowered while text is generated takes copies first, then cli
     CHECK(held() == 0);
     const MemorySnapshot memory = engine.memory();
     CHECK(memory.devices[0].bytes_now <= memory.devices[0].budget_bytes);
+    if (!same) continue;
+
+    // Room that comes in small pieces is the pages' before it is the copies'.
+    REQUIRE(session.cache().bytes_in(KvTier::kFile) > 0);
+    const int64_t piece = model.plan().devices[0].kv_page_bytes / 4;
+    while (at < tokens.size() && session.cache().bytes_in(KvTier::kFile) > 0) {
+      test::require_ok(engine.set_budget(0, engine.memory().devices[0].budget_bytes + piece));
+      REQUIRE(step());
+      CHECK(engine.memory().devices[0].bytes_now <= engine.memory().devices[0].budget_bytes);
+    }
+    CHECK(session.cache().bytes_in(KvTier::kFile) == 0);
+    CHECK(count_events(session, "returned") == 1);
   }
 }
 

@@ -215,6 +215,7 @@ class KvPages {
   Status host_to_file(Device&, Part&, int64_t page);
   Status file_to_host(Device&, Part&, int64_t page);
   void forget_in_file(const Device&, int64_t page) noexcept;
+  int64_t room_for_return(int device) const noexcept;
   bool may_take_back(int device, int64_t bytes, int64_t n_ahead) const noexcept;
   // Layer by layer between the file and a device, through the bounce buffer where it must.
   Status write_layer(const Device&, const Part&, int64_t slot, int64_t page,

@@ -12,10 +12,15 @@ bool KvPages::any_moved() const noexcept {
   });
 }
 
-// Beside the growth to come, so that no page comes back only to be moved again.  Where the system or
-// the host refused what the ledger would have given, it is asked again once the ledger has more.
+// Beside the growth to come, so that no page comes back only to be moved again; copies of experts
+// make room.  Where the system or the host refused what the ledger would have given, it is asked
+// again once the ledger has more.
+int64_t KvPages::room_for_return(int device) const noexcept {
+  return engine_->ledger.available(device) + engine_->ledger.lent(device);
+}
+
 bool KvPages::may_take_back(int device, int64_t bytes, int64_t n_ahead) const noexcept {
-  const int64_t available = engine_->ledger.available(device);
+  const int64_t available = room_for_return(device);
   return available > refused_[static_cast<size_t>(device)] &&
          available - growth_bytes(device, n_ahead) >= bytes;
 }
@@ -27,7 +32,7 @@ KvPages::Moved KvPages::come_back(int64_t n_ahead) {
       ++back.pages;
       back.freed += bytes;
     } else {
-      refused_[static_cast<size_t>(device)] = engine_->ledger.available(device);
+      refused_[static_cast<size_t>(device)] = room_for_return(device);
     }
     return status.ok();
   };

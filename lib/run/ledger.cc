@@ -76,6 +76,13 @@ int64_t Ledger::available(int device) const noexcept {
   return available_locked(accounts_[static_cast<size_t>(device)]);
 }
 
+int64_t Ledger::lent(int device) const noexcept {
+  std::lock_guard lock(mutex_);
+  return accounts_[static_cast<size_t>(device)]
+      .purposes[static_cast<size_t>(Purpose::kExpertCache)]
+      .now;
+}
+
 int64_t Ledger::host_available() const noexcept {
   std::lock_guard lock(mutex_);
   return std::max<int64_t>(host_budget_ - host_now_, 0);

@@ -57,6 +57,7 @@ class Ledger {
 
   // What could still be acquired on a device, its own budget and the host's considered.
   int64_t available(int device) const noexcept;
+  int64_t lent(int device) const noexcept;  // what take_back() can free at most: copies of experts
   int64_t host_available() const noexcept;  // over all host devices
   // The same, bound also by what the plans of the loaded models say of the device at most; negative
   // when more than that is held.
