@@ -18,6 +18,13 @@
 
 namespace fathom::run {
 
+inline size_t index(Phase phase) noexcept {
+  return static_cast<size_t>(phase);
+}
+inline size_t index(Purpose purpose) noexcept {
+  return static_cast<size_t>(purpose);
+}
+
 // Scratch of one session on one device, for passes of up to `chunk` tokens; all but the chunk is as
 // planned.  Staging is the host's, for copies between devices that it cannot read.
 struct SessionScratch {
@@ -79,8 +86,8 @@ class Planner {
   Status pin_cache(const PlacementPins& pins, Plan& plan) const;
   bool spread_cache(Plan& plan, const nn::WeightMap& map, int64_t n_tokens,
                     int64_t longest_chunk) const;
-  // Whether cards that bring their cold rows from the host, step by step, are faster at n_tokens than
-  // attention on the devices on which `spread` has put these rows.  `remark` says the figures.
+  // Whether cards that bring their cold rows from the host, step by step, are faster at n_tokens
+  // than attention on the devices on which `spread` has put these rows.  `remark` says the figures.
   bool streams_faster(const Plan& plan, const Plan& spread, const nn::WeightMap& map,
                       int64_t n_tokens, std::string& remark) const;
   bool share_rows(Plan& plan, int64_t n_tokens) const;
