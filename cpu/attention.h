@@ -16,6 +16,7 @@ int64_t workspace_bytes(const CpuContext&, const AttendAbsorbedParams&) noexcept
 int64_t workspace_bytes(const CpuContext&, const AttendExpandedParams&) noexcept;
 
 void attend_absorbed(const CpuContext&, const OpContext&, const AttendAbsorbedParams&) noexcept;
+void merge_attention(const CpuContext&, const MergeAttentionParams&) noexcept;
 void attend_expanded(const CpuContext&, const OpContext&, const AttendExpandedParams&) noexcept;
 
 }  // namespace fathom::cpu

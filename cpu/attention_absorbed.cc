@@ -89,13 +89,12 @@ void begin_columns(const AttendAbsorbedParams& p, const AbsorbedShape& shape, in
   std::fill_n(p.out + first * shape.latent, n * shape.latent, 0.0f);
 }
 
-void finish_columns(const AttendAbsorbedParams& p, const AbsorbedShape& shape, int64_t first,
+void finish_columns(const float* sums, float* outs, int64_t latent, int64_t first,
                     int64_t n) noexcept {
   for (int64_t col = first; col < first + n; ++col) {
-    const float sum = p.state.sum[col];
-    const float factor = sum == 0 ? 0.0f : 1 / sum;
-    float* out = p.out + col * shape.latent;
-    for (int64_t i = 0; i < shape.latent; ++i) out[i] *= factor;
+    const float factor = sums[col] == 0 ? 0.0f : 1 / sums[col];
+    float* out = outs + col * latent;
+    for (int64_t i = 0; i < latent; ++i) out[i] *= factor;
   }
 }
 
@@ -132,7 +131,7 @@ void attend_by_blocks(const CpuContext& context, const AttendAbsorbedParams& p,
       attend_split(context, p, shape, mine, block, split_rows(p, split), mine.partial);
       merge_columns(context, p, shape, block.first, block.n, mine.partial);
     }
-    if (p.finish) finish_columns(p, shape, block.first, block.n);
+    if (p.finish) finish_columns(p.state.sum, p.out, shape.latent, block.first, block.n);
   });
 }
 
@@ -181,7 +180,7 @@ void attend_by_waves(const CpuContext& context, const AttendAbsorbedParams& p,
       if (first_wave && p.begin) begin_columns(p, shape, first, n);
       for (int64_t split = 0; split < n_splits; ++split)
         merge_columns(context, p, shape, first, n, partial_of(split, first));
-      if (last_wave && p.finish) finish_columns(p, shape, first, n);
+      if (last_wave && p.finish) finish_columns(p.state.sum, p.out, shape.latent, first, n);
     });
     wave += n_splits;
   } while (wave < splits.end);
@@ -208,6 +207,25 @@ void attend_absorbed(const CpuContext& context, const OpContext& op,
     attend_by_blocks(context, p, shape, scratch);
   else
     attend_by_waves(context, p, shape, scratch);
+}
+
+void merge_attention(const CpuContext& context, const MergeAttentionParams& p) noexcept {
+  const int64_t n_columns = p.n_tokens * p.n_heads, latent = p.kv_lora_rank;
+  const int64_t n_tasks = (n_columns + kMergeColumns - 1) / kMergeColumns;
+  context.threads->parallel_for(n_tasks, [&](int64_t task, int) {
+    const int64_t first = task * kMergeColumns, n = std::min(kMergeColumns, n_columns - first);
+    context.rows->merge({.n_cols = n,
+                         .n_values = latent,
+                         .max = p.state.max + first,
+                         .sum = p.state.sum + first,
+                         .out = p.out + first * latent,
+                         .out_stride = latent,
+                         .part_max = p.part.max + first,
+                         .part_sum = p.part.sum + first,
+                         .part_out = p.part_out + first * latent,
+                         .part_stride = latent});
+    if (p.finish) finish_columns(p.state.sum, p.out, latent, first, n);
+  });
 }
 
 }  // namespace fathom::cpu

@@ -183,6 +183,9 @@ void CpuBackend::kv_convert(const OpContext&, const KvConvertParams& p) noexcept
 void CpuBackend::attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept {
   cpu::attend_absorbed(context_, op, p);
 }
+void CpuBackend::merge_attention(const OpContext&, const MergeAttentionParams& p) noexcept {
+  cpu::merge_attention(context_, p);
+}
 void CpuBackend::attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept {
   cpu::attend_expanded(context_, op, p);
 }

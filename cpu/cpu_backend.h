@@ -57,6 +57,7 @@ class CpuBackend final : public Backend {
   void kv_append(const OpContext&, const KvAppendParams&) noexcept override;
   void kv_convert(const OpContext&, const KvConvertParams&) noexcept override;
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept override;
+  void merge_attention(const OpContext&, const MergeAttentionParams&) noexcept override;
   void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept override;
   void route(const OpContext&, const RouteParams&) noexcept override;
   void ffn(const OpContext&, const FfnParams&) noexcept override;

@@ -298,6 +298,27 @@ void CudaBackend::attend_texts(const OpContext& op, const AttendAbsorbedParams* 
   run();
 }
 
+void CudaBackend::merge_attention(const OpContext& op, const MergeAttentionParams& p) noexcept {
+  const auto n_columns = static_cast<int32_t>(p.n_tokens * p.n_heads);
+  if (n_columns == 0) return;
+  MergeParams merge{};
+  merge.rank = p.kv_lora_rank;
+  merge.part_max = p.part.max;
+  merge.part_sum = p.part.sum;
+  merge.part_out = p.part_out;
+  merge.n_pieces = 1;
+  merge.most_columns = n_columns;
+  merge.pieces[0] = {.max = p.state.max,
+                     .sum = p.state.sum,
+                     .out = p.out,
+                     .first_part = 0,
+                     .n_splits = 1,
+                     .n_columns = n_columns,
+                     .begin = false,
+                     .finish = p.finish};
+  check(op, attend_merge(device_->stream(), merge));
+}
+
 int64_t CudaBackend::workspace_bytes(const AttendExpandedParams& p) const noexcept {
   Workspace counting;
   carve(counting, p, exact());

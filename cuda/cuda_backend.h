@@ -73,6 +73,7 @@ class CudaBackend final : public Backend {
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept override;
   void attend_texts(const OpContext&, const AttendAbsorbedParams* texts,
                     int64_t n_texts) noexcept override;
+  void merge_attention(const OpContext&, const MergeAttentionParams&) noexcept override;
   void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept override;
   void route(const OpContext&, const RouteParams&) noexcept override;
   void ffn(const OpContext&, const FfnParams&) noexcept override;

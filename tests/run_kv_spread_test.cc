@@ -3,9 +3,17 @@
 #include <catch2/catch.hpp>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdio>
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 #include "lib/run/engine_state.h"
+#include "lib/run/observed_backend.h"
+#include "lib/run/session_state.h"
 #include "support/golden.h"
 #include "support/golden_models.h"
 #include "support/loaded_model.h"
@@ -31,9 +39,10 @@ void keep(std::vector<float>& all, const Session& session) {
 
 // Logits after a prompt in chunks and one of another length, steps, truncation to the middle of a
 // page, and steps again; `n` tokens at most.
-std::vector<float> run(const Model& model, int64_t n) {
+std::vector<float> run(const Model& model, int64_t n, int64_t section_rows = nn::kSectionRows) {
   const auto tokens = some_tokens(n - 10, model.config().vocab_size);
   Session session = test::new_session(model);
+  session.state().section_rows = section_rows;
   std::vector<float> all;
   test::require_ok(session.prefill(std::span(tokens).first(7)));
   keep(all, session);
@@ -69,9 +78,13 @@ void check_ledger(const Model& model) {
 
 // The golden models have two or three layers.
 const test::Settings kSpreads[] = {
-    {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=*"}, {"placement.kv", "home=512,cpu:1=*"}},
+    {{"devices", "cpu:0,cpu:1"},
+     {"placement.layers", "cpu:0=*"},
+     {"placement.kv", "home=512,cpu:1=*"}},
     // The oldest rows elsewhere; layers on both devices, each other's holder.
-    {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=0,cpu:1=*"}, {"placement.kv", "cpu:1=512,cpu:0=*"}},
+    {{"devices", "cpu:0,cpu:1"},
+     {"placement.layers", "cpu:0=0,cpu:1=*"},
+     {"placement.kv", "cpu:1=512,cpu:0=*"}},
     {{"devices", "cpu:0,cpu:1,cpu:2"},
      {"placement.layers", "cpu:1=*"},
      {"placement.experts", "cpu:2=*"},
@@ -127,6 +140,129 @@ TEST_CASE("a spread cache has the same bits in every form, type and page size", 
   }
 }
 
+// Attention in sections of so many rows, as texts have them every kSectionRows.
+void check_sections(const test::Settings& settings, int64_t n, int64_t section,
+                    std::span<const test::Settings> spreads) {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings common =
+      with({{"context.max", std::to_string(n)}, {"threads", "1"}}, settings);
+  INFO(settings.back().first << "=" << settings.back().second << ", sections of " << section);
+  const Model one = test::load_model(path, common);
+  const std::vector<float> expected = run(one, n, section), whole = run(one, n);
+  for (const test::Settings& spread : spreads) {
+    INFO("placement.kv=" << spread.back().second);
+    const Model model = test::load_model(path, with(common, spread));
+    check_same(expected, run(model, n, section));
+    check_ledger(model);
+  }
+  // Another order of sums, no other sums.
+  double most = 0, sum = 0;
+  for (size_t i = 0; i < whole.size(); ++i) {
+    most = std::max(most, std::fabs(static_cast<double>(whole[i]) - expected[i]));
+    sum += std::fabs(whole[i]);
+  }
+  INFO("largest difference " << most << ", mean " << sum / static_cast<double>(whole.size()));
+  CHECK(most < 0.05 * sum / static_cast<double>(whole.size()));
+}
+
+const test::Settings kSectionSpreads[] = {
+    // Sections of 512: the first at home, the rest elsewhere; the oldest elsewhere.
+    {{"devices", "cpu:0,cpu:1"},
+     {"placement.layers", "cpu:0=*"},
+     {"placement.kv", "home=512,cpu:1=*"}},
+    {{"devices", "cpu:0,cpu:1,cpu:2"},
+     {"placement.layers", "cpu:0=*"},
+     {"placement.kv", "cpu:1=512,cpu:2=512,home=*"}},
+};
+
+TEST_CASE("sections of a spread cache have the bits of one device", "[kv_spread]") {
+  check_sections({{"prefill.chunk", "200"}}, 1300, 512, kSectionSpreads);
+}
+
+TEST_CASE("sections have the bits of one device, in every form", "[kv_spread][slow]") {
+  const test::Settings kinds[] = {
+      {{"prefill.chunk", "29"}},
+      {{"prefill.chunk", "64"}, {"attention.form", "absorbed"}, {"numerics", "exact"}},
+      {{"prefill.chunk", "64"}, {"kv.type", "q8_0"}, {"kv.recent_16bit", "128"}},
+      {{"prefill.chunk", "64"}, {"kv.page_tokens", "512"}},
+  };
+  for (const test::Settings& kind : kinds)
+    for (const int64_t section : {512, 1024}) {  // of which spans cut some
+      check_sections(kind, 1600, section, kSpreads);
+      check_sections(kind, 1600, section, kSectionSpreads);
+    }
+  check_sections({{"prefill.chunk", "1"}}, 1300, 512, kSectionSpreads);  // one slot and no more
+}
+
+TEST_CASE("a batch of spread caches has sections, too", "[kv_spread]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings{
+      {"context.max", "2400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
+  const auto step = [](const Model& model) {
+    std::vector<Session> sessions;
+    std::vector<Session*> batch;
+    std::vector<float> all;
+    for (const int64_t n : {40, 1300, 600}) {
+      sessions.push_back(test::new_session(model));
+      sessions.back().state().section_rows = 512;
+      test::require_ok(sessions.back().prefill(some_tokens(n, model.config().vocab_size, n)));
+    }
+    for (Session& session : sessions) batch.push_back(&session);
+    for (int i = 0; i < 3; ++i) {
+      const int32_t tokens[] = {3, 1, 4};
+      test::require_ok(Session::step_batch(batch, tokens));
+      for (const Session& session : sessions) keep(all, session);
+    }
+    return all;
+  };
+  const std::vector<float> expected = step(test::load_model(path, settings));
+  for (const test::Settings& spread : kSectionSpreads)
+    check_same(expected, step(test::load_model(path, with(settings, spread))));
+}
+
+TEST_CASE("devices that hold rows of one layer attend at once", "[kv_spread][overlap]") {
+  const std::string path = test::test_data("models/tiny-v3");
+  const test::Settings settings = {{"context.max", "2400"},
+                                   {"prefill.chunk", "64"},
+                                   {"threads", "1"},
+                                   {"devices", "cpu:0,cpu:1"},
+                                   {"placement.layers", "cpu:0=*"},
+                                   {"placement.experts", "cpu:0=*"},
+                                   {"placement.embed", "cpu:0"},
+                                   {"placement.head", "cpu:0"},
+                                   {"placement.kv", "home=1024,cpu:1=*"}};
+  std::atomic<int> at_home{0};
+  std::atomic<bool> armed{false}, met{false};
+  auto engine = run::create_engine(
+      test::config_of(settings), {}, nullptr, [&](std::unique_ptr<Backend> backend, int device) {
+        return run::observed(std::move(backend), device, [&](const OpTime& op) {
+          if (op.op != "attend_absorbed") return;
+          if (op.device == 0) ++at_home;
+          // The guest, at the end of its first section, until the home has attended to one of its
+          // own
+          // - which came before the guest's turn where they follow each other.
+          if (op.device != 1 || !armed.exchange(false)) return;
+          const int before = at_home;
+          const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+          while (at_home == before && std::chrono::steady_clock::now() < end)
+            std::this_thread::sleep_for(std::chrono::microseconds(100));
+          met = at_home > before;
+        });
+      });
+  REQUIRE(engine.ok());
+  auto plan = engine->plan(path);
+  REQUIRE(plan.ok());
+  auto model = Model::load(*engine, *plan);
+  REQUIRE(model.ok());
+  Session session = test::new_session(*model);
+  session.state().section_rows = 512;
+  test::require_ok(session.prefill(some_tokens(2300, model->config().vocab_size)));
+  // In a section that begins with a layer: the guest's are queued first, the home's are long.
+  armed = true;
+  test::require_ok(session.step(1));
+  CHECK(met);
+}
+
 TEST_CASE("saved sessions go from one device to a spread cache and back", "[kv_spread]") {
   const std::string path = test::test_data("models/tiny-v3");
   const test::Settings settings{{"context.max", "1400"}, {"prefill.chunk", "64"}, {"threads", "1"}};
@@ -158,8 +294,7 @@ TEST_CASE("saved sessions go from one device to a spread cache and back", "[kv_s
   const std::vector<std::byte> original = image;
   for (const int to : {1, 2, 0}) {
     INFO("model " << to);
-    auto session =
-        Session::restore_from(models[to], read, static_cast<int64_t>(image.size()));
+    auto session = Session::restore_from(models[to], read, static_cast<int64_t>(image.size()));
     INFO(session.status().message());
     REQUIRE(session.ok());
     save(*session);
@@ -173,10 +308,8 @@ TEST_CASE("saved sessions go from one device to a spread cache and back", "[kv_s
 
 TEST_CASE("sessions with spread caches step together", "[kv_spread]") {
   const std::string path = test::test_data("models/tiny-v3");
-  const test::Settings settings{{"context.max", "1400"},
-                                {"prefill.chunk", "64"},
-                                {"threads", "1"},
-                                {"sessions.max", "3"}};
+  const test::Settings settings{
+      {"context.max", "1400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
   const auto step = [](const Model& model) {
     std::vector<Session> sessions;
     std::vector<Session*> batch;
@@ -203,8 +336,7 @@ TEST_CASE("sessions with spread caches step together", "[kv_spread]") {
 
 // What each of three devices holds beside the cache, when rows lie on all of them.
 std::vector<int64_t> bytes_beside_cache(const std::string& path, const test::Settings& settings) {
-  const test::Settings pinned =
-      with(settings, {{"placement.kv", "home=512,cpu:1=1024,cpu:2=*"}});
+  const test::Settings pinned = with(settings, {{"placement.kv", "home=512,cpu:1=1024,cpu:2=*"}});
   auto engine = Engine::create(test::config_of(pinned));
   REQUIRE(engine.ok());
   auto plan = engine->plan(path);
@@ -217,10 +349,8 @@ std::vector<int64_t> bytes_beside_cache(const std::string& path, const test::Set
 
 TEST_CASE("what one device cannot hold goes to others by itself, as planned", "[kv_spread]") {
   const std::string path = test::test_data("models/tiny-v3");
-  const test::Settings settings{{"context.max", "3000"},
-                                {"prefill.chunk", "128"},
-                                {"threads", "1"},
-                                {"kv.ladder", "none"}};
+  const test::Settings settings{
+      {"context.max", "3000"}, {"prefill.chunk", "128"}, {"threads", "1"}, {"kv.ladder", "none"}};
   const Model one = test::load_model(path, settings);
   const int64_t kv = one.plan().devices[0].planned(Purpose::kKv);
   const auto tokens = some_tokens(2990, one.config().vocab_size);
@@ -238,8 +368,8 @@ TEST_CASE("what one device cannot hold goes to others by itself, as planned", "[
                           {"budget.cpu:2", std::to_string(c)}});
   };
   const std::vector<int64_t> beside = bytes_beside_cache(path, several);
-  const test::Settings fits = budgets(beside[0] + kv * 25 / 100, beside[1] + kv * 50 / 100,
-                                      beside[2] + kv * 40 / 100);
+  const test::Settings fits =
+      budgets(beside[0] + kv * 25 / 100, beside[1] + kv * 50 / 100, beside[2] + kv * 40 / 100);
 
   int64_t most[3] = {0, 0, 0};
   HostHooks hooks;
@@ -297,8 +427,8 @@ TEST_CASE("what one device cannot hold goes to others by itself, as planned", "[
     return refused->feasible;
   };
   CHECK_FALSE(feasible(with(fits, {{"placement.kv", "home=*"}})));
-  CHECK_FALSE(feasible(budgets(beside[0] + kv * 25 / 100, beside[1] + kv * 40 / 100,
-                               beside[2] + kv * 20 / 100)));
+  CHECK_FALSE(feasible(
+      budgets(beside[0] + kv * 25 / 100, beside[1] + kv * 40 / 100, beside[2] + kv * 20 / 100)));
 }
 
 TEST_CASE("the ladder is climbed on every device of a spread cache", "[kv_spread]") {
@@ -354,9 +484,9 @@ TEST_CASE("the ladder is climbed on every device of a spread cache", "[kv_spread
 
   // Rewritten pages have other bits, and the text goes on.
   const Model smaller = test::load_model(
-      path, with(budgets(15, 26, 36), {{"kv.tiers", "device"},
-                                       {"kv.ladder", "requantise"},
-                                       {"kv.ladder_type", "q4_0"}}));
+      path,
+      with(budgets(15, 26, 36),
+           {{"kv.tiers", "device"}, {"kv.ladder", "requantise"}, {"kv.ladder_type", "q4_0"}}));
   CHECK(smaller.plan().by_ladder);
   Session squeezed = test::new_session(smaller);
   test::require_ok(squeezed.prefill(tokens));
@@ -489,6 +619,59 @@ TEST_CASE("rows that a card cannot hold are attended on the host or streamed, as
     test::require_ok(session.step(1));
     CHECK(engine.seconds() - before == Approx(1 / plan.speed.decode_last).epsilon(0.05));
   }
+}
+
+// Coder-V2 236B at 160 K tokens: attention on one of two cards, experts on the host, rows of the
+// cache on one card, or on both, one after the other and side by side.
+TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simulation]") {
+  auto machine = MachineDescription::parse(
+      R"({"devices": [{"name": "cpu", "bytes": "256G", "like": "ddr5-8ch"},
+                      {"name": "cuda:0", "kind": "cuda", "like": "rtx-4090"},
+                      {"name": "cuda:1", "kind": "cuda", "like": "rtx-4090"}]})");
+  REQUIRE(machine.ok());
+  struct Seconds {
+    double step, home, guest;
+  };
+  const auto step_seconds = [&](const char* rows, int64_t section_rows) {
+    const Config config = test::config_of({{"weights.type", "q4_k"},
+                                           {"context.max", "163840"},
+                                           {"prefill.chunk", "4096"},
+                                           {"experts.cache", "0"},
+                                           {"placement.layers", "cuda:0=*"},
+                                           {"placement.experts", "cpu=*"},
+                                           {"placement.embed", "cpu"},
+                                           {"placement.head", "cuda:0"},
+                                           {"placement.kv", rows}});
+    auto engine = Engine::simulate(*machine, config);
+    REQUIRE(engine.ok());
+    auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2.json");
+    REQUIRE(plan.ok());
+    INFO(plan->describe());
+    REQUIRE(plan->feasible);
+    auto model = Model::load(*engine, *plan);
+    REQUIRE(model.ok());
+    Session session = test::new_session(*model);
+    session.state().section_rows = section_rows;
+    test::require_ok(session.prefill(some_tokens(163830, model->config().vocab_size)));
+    const Seconds before{engine->seconds(), engine->busy_seconds(1), engine->busy_seconds(2)};
+    test::require_ok(session.step(1));
+    const Seconds s{engine->seconds() - before.step, engine->busy_seconds(1) - before.home,
+                    engine->busy_seconds(2) - before.guest};
+    if (section_rows == nn::kSectionRows)
+      CHECK(s.step == Approx(1 / plan->speed.decode_last).epsilon(0.01));
+    return s;
+  };
+  const Seconds alone = step_seconds("home=*", nn::kSectionRows);
+  const Seconds after = step_seconds("home=98304,cuda:1=*", int64_t{1} << 30);
+  const Seconds beside = step_seconds("home=98304,cuda:1=*", nn::kSectionRows);
+  INFO("a step with all rows at home " << alone.step * 1e3 << " ms; one after the other "
+                                       << after.step * 1e3 << " ms; side by side "
+                                       << beside.step * 1e3 << " ms, of which the guest works "
+                                       << beside.guest * 1e3 << " ms");
+  // More than half of what the guest does is hidden, and it was worth to send it there.
+  CHECK(beside.guest > 5e-3);
+  CHECK(beside.step < after.step - 0.5 * beside.guest);
+  CHECK(beside.step < alone.step - 0.3 * beside.guest);
 }
 
 }  // namespace

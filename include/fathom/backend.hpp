@@ -31,7 +31,7 @@
 namespace fathom {
 
 // Interface version; a plug-in built against another one is refused.
-inline constexpr uint32_t kBackendVersion = 4;
+inline constexpr uint32_t kBackendVersion = 5;
 
 enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
 
@@ -166,6 +166,18 @@ struct AttendAbsorbedParams {
   AttentionState state;
   bool begin = true, finish = true;
   float* out;  // [n_tokens, n_heads, kv_lora_rank] dense; holds the running sum until finish
+};
+
+// state, out (+)= part, part_out: what attend_absorbed() found without finish of two parts of the rows,
+// the second behind the first, becomes what it would have found of both; `finish` divides out by sum.
+// The bits depend on where the parts meet: the caller decides.
+struct MergeAttentionParams {
+  int64_t n_tokens, n_heads, kv_lora_rank;
+  AttentionState state;  // [n_tokens, n_heads] each
+  float* out;            // [n_tokens, n_heads, kv_lora_rank]
+  AttentionState part;   // the same shapes; not written
+  const float* part_out;
+  bool finish = false;
 };
 
 // Expanded form: tiles of rows are expanded to keys and values per head, used, and dropped.
@@ -332,6 +344,7 @@ class Backend {
   virtual void kv_append(const OpContext&, const KvAppendParams&) noexcept = 0;
   virtual void kv_convert(const OpContext&, const KvConvertParams&) noexcept = 0;
   virtual void attend_absorbed(const OpContext&, const AttendAbsorbedParams&) noexcept = 0;
+  virtual void merge_attention(const OpContext&, const MergeAttentionParams&) noexcept = 0;
   virtual void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept = 0;
   // attend_absorbed() for several texts, which share n_heads, strides, scale and layout: the same
   // bits as one after the other, for devices on which every launch takes its time.  The workspace is

@@ -4,121 +4,9 @@
 #include <limits>
 
 #include "layers.h"
-#include "transfer.h"
 
 namespace fathom::nn {
 namespace {
-
-// A block of n queries of one sequence as attention over latent rows sees it on one device.
-struct Block {
-  Backend& device;
-  OpContext op;
-  float* q_latent;       // [n, n_heads, kv_lora_rank]
-  float* q;              // [n, n_heads, qk_head_dim], of which the RoPE columns are read
-  AttentionState state;  // [n, n_heads] each
-  float* out;            // [n, n_heads, kv_lora_rank]
-};
-
-AttendAbsorbedParams params_of(const Step& s, const Block& block, const KvRows& rows, int64_t n,
-                               int64_t position, bool begin, bool finish) noexcept {
-  const ModelConfig& c = s.config;
-  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
-  return {.q_latent = block.q_latent,
-          .q_latent_token_stride = heads * rank,
-          .q_latent_head_stride = rank,
-          .q_rope = block.q + c.qk_nope_head_dim,
-          .q_rope_token_stride = heads * c.qk_head_dim(),
-          .q_rope_head_stride = c.qk_head_dim(),
-          .n_tokens = n,
-          .n_heads = heads,
-          .first_position = position,
-          .scale = static_cast<float>(s.rope.softmax_scale),
-          .rows = rows,
-          .state = block.state,
-          .begin = begin,
-          .finish = finish,
-          .out = block.out};
-}
-
-void attend(const Step& s, const Block& block, const KvRows& rows, int64_t n, int64_t position,
-            bool begin, bool finish) noexcept {
-  block.device.attend_absorbed(block.op, params_of(s, block, rows, n, position, begin, finish));
-}
-
-// Rows from `first` on of the pass, whose latent queries begin the block at row `block`, at home.
-Block home_block(const Step& s, int64_t block, int64_t first) noexcept {
-  const ModelConfig& c = s.config;
-  const Scratch& b = s.scratch;
-  const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
-  const int64_t at = (first - block) * heads;
-  return {s.device,
-          s.op,
-          b.q_absorbed + at * rank,
-          b.q + first * heads * c.qk_head_dim(),
-          {b.attn_state.max + at, b.attn_state.sum + at},
-          b.attn_absorbed + at * rank};
-}
-// The block's buffers on another device.
-Block guest_block(const Stage& stage) noexcept {
-  const Scratch& b = stage.scratch;
-  return {*stage.device, stage.op, b.q_absorbed, b.q, b.attn_state, b.attn_absorbed};
-}
-
-// Takes the queries of a block from its layer's device to another one.
-Status send_queries(const Step& s, const Block& from, const Block& to, int64_t n) noexcept {
-  const int64_t heads = n * s.config.num_attention_heads, value = sizeof(float);
-  FATHOM_TRY(from.device.sync(from.op));
-  FATHOM_TRY(to.device.sync(to.op));  // of what it did before
-  FATHOM_TRY(transfer(from.device, from.q_latent, to.device, to.q_latent,
-                      heads * s.config.kv_lora_rank * value, s.staging));
-  return transfer(from.device, from.q, to.device, to.q, heads * s.config.qk_head_dim() * value,
-                  s.staging);
-}
-
-// Takes the running sums from device to device; `whole`: with the state, so that rows can be added.
-Status hand_on(const Step& s, const Block& from, const Block& to, int64_t n, bool whole) noexcept {
-  const int64_t heads = n * s.config.num_attention_heads, value = sizeof(float);
-  FATHOM_TRY(from.device.sync(from.op));
-  FATHOM_TRY(to.device.sync(to.op));
-  if (whole) {
-    FATHOM_TRY(
-        transfer(from.device, from.state.max, to.device, to.state.max, heads * value, s.staging));
-    FATHOM_TRY(
-        transfer(from.device, from.state.sum, to.device, to.state.sum, heads * value, s.staging));
-  }
-  return transfer(from.device, from.out, to.device, to.out, heads * s.config.kv_lora_rank * value,
-                  s.staging);
-}
-
-// Rows [first, first + n) of the pass, all of one sequence, whose latent queries begin the block at
-// row `block`: b.q_absorbed -> b.attn_absorbed.  Goes over the sequence's rows in ascending order
-// and, with the running state, from device to device as they lie, so that the partial results are
-// merged in the one order that there is.  False when the cache could not bring its rows in.
-Result<bool> attend_rows(const Step& s, const Sequence& sequence, LayerSlot layer, int64_t block,
-                         int64_t first, int64_t n) noexcept {
-  const int64_t position = sequence.first_position + first - sequence.first_row;
-  const int64_t end_row = position + n;  // rows beyond the last query would be masked anyway
-  const Block home = home_block(s, block, first);
-  const auto block_on = [&](int stage) {
-    return stage == layer.stage ? home : guest_block(s.stages[static_cast<size_t>(stage)]);
-  };
-  int stage = layer.stage;
-  for (int64_t row = 0; row < end_row;) {
-    const RowPiece piece =
-        sequence.cache->piece(layer.stage, layer.slot, s.op, row, end_row, Where::kAnywhere);
-    if (piece.rows.n_rows == 0) return false;
-    if (piece.stage != stage) {
-      if (piece.stage != layer.stage) FATHOM_TRY(send_queries(s, home, block_on(piece.stage), n));
-      if (row > 0) FATHOM_TRY(hand_on(s, block_on(stage), block_on(piece.stage), n, true));
-      stage = piece.stage;
-    }
-    const int64_t end = row + piece.rows.n_rows;
-    attend(s, block_on(stage), piece.rows, n, position, row == 0, end == end_row);
-    row = end;
-  }
-  if (stage != layer.stage) FATHOM_TRY(hand_on(s, block_on(stage), home, n, false));
-  return true;
-}
 
 // b.q -> b.attn, queries taken into latent space: score = (W_k q) . c, value = W_v (p . c).
 // Equal to the expanded form because W_k and W_v are linear and shared by all rows.
@@ -127,8 +15,13 @@ Status attend_absorbed(const Step& s, const LayerWeights& w, LayerSlot layer) no
   const Scratch& b = s.scratch;
   const int64_t heads = c.num_attention_heads, rank = c.kv_lora_rank;
   const int64_t q_token = heads * c.qk_head_dim(), v_token = heads * c.v_head_dim;
-  for (int64_t t = 0; t < s.n_tokens; t += kAbsorbedRows) {
-    const int64_t n = std::min(kAbsorbedRows, s.n_tokens - t);
+  // Texts of several sections need room for one beside the block's own sums.
+  const bool sections = std::any_of(s.sequences.begin(), s.sequences.end(), [&](const Sequence& q) {
+    return q.first_position + q.n_tokens > s.section_rows;
+  });
+  const int64_t block = sections ? b.block_rows / 2 : b.block_rows;
+  for (int64_t t = 0; t < s.n_tokens; t += block) {
+    const int64_t n = std::min(block, s.n_tokens - t);
     s.device.heads_matmul(s.op, {.x = b.q + t * q_token,
                                  .x_token_stride = q_token,
                                  .x_head_stride = c.qk_head_dim(),
@@ -138,7 +31,7 @@ Status attend_absorbed(const Step& s, const LayerWeights& w, LayerSlot layer) no
                                  .out = b.q_absorbed,  // [n, n_heads, kv_lora_rank]
                                  .out_token_stride = heads * rank,
                                  .out_head_stride = rank});
-    // Texts whose rows are all at home go together, the others one by one.
+    // Texts of one section whose rows are all at home go together, the others one by one.
     std::array<AttendAbsorbedParams, kAbsorbedRows> texts;
     int64_t n_texts = 0;
     for (const Sequence& sequence : s.sequences) {
@@ -146,18 +39,17 @@ Status attend_absorbed(const Step& s, const LayerWeights& w, LayerSlot layer) no
       const int64_t end = std::min(t + n, sequence.first_row + sequence.n_tokens);
       if (first >= end) continue;
       const int64_t position = sequence.first_position + first - sequence.first_row;
-      if (s.sequences.size() > 1) {
+      if (s.sequences.size() > 1 && position + end - first <= s.section_rows) {
         const KvRows rows =
             sequence.cache->resident(layer.stage, layer.slot, position + end - first);
         if (rows.n_rows > 0) {
           texts[static_cast<size_t>(n_texts++)] =
-              params_of(s, home_block(s, t, first), rows, end - first, position, /*begin=*/true,
-                        /*finish=*/true);
+              params_at_home(s, {t, n}, first, end - first, rows, position);
           continue;
         }
       }
       FATHOM_TRY_ASSIGN(const bool attended,
-                        attend_rows(s, sequence, layer, t, first, end - first));
+                        attend_rows(s, sequence, layer, {t, n}, first, end - first));
       if (!attended) return {};
     }
     if (n_texts > 0) s.device.attend_texts(s.op, texts.data(), n_texts);
@@ -237,12 +129,6 @@ int64_t expanded_crossover_rows(const ModelConfig& c) noexcept {
   if (absorbed <= expanded) return std::numeric_limits<int64_t>::max();
   const int64_t up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim);
   return (up + absorbed - expanded - 1) / (absorbed - expanded);
-}
-
-void attend_as_guest(const Step& s, const KvRows& rows, int64_t n) noexcept {
-  const Scratch& b = s.scratch;
-  attend(s, {s.device, s.op, b.q_absorbed, b.q, b.attn_state, b.attn_absorbed}, rows, n, 0, true,
-         true);
 }
 
 Status mla_attention(const Step& s, const LayerWeights& w, LayerSlot layer) noexcept {

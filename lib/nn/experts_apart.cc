@@ -29,7 +29,7 @@ int64_t staging_bytes(const Placement& placement, std::span<const Backend* const
       for (int d = 0; d < static_cast<int>(devices.size()); ++d)
         if (apart(span.device, d))
           values = std::max(values, std::min(n_tokens, kAbsorbedRows) * c.num_attention_heads *
-                                        std::max(c.kv_lora_rank, c.qk_head_dim()));
+                                        std::max(c.kv_lora_rank + 2, c.qk_head_dim()));
   return values * static_cast<int64_t>(sizeof(float));
 }
 

@@ -17,7 +17,8 @@ Step step_of(const ForwardParams& p, const Stage& stage) {
           .sequences = p.sequences,
           .form = p.form,
           .stages = p.stages,
-          .staging = p.staging};
+          .staging = p.staging,
+          .section_rows = p.section_rows};
 }
 
 // Hands rows of the residual stream to another device.

@@ -26,6 +26,7 @@ struct ForwardParams {
   bool (*cancelled)(void* arg) = nullptr;
   void* cancelled_arg = nullptr;
   const Trace* trace = nullptr;
+  int64_t section_rows = kSectionRows;  // of attention; another number for tests
   ExpertCopies* copies = nullptr;  // none: every expert is where the placement says
 };
 

@@ -18,6 +18,11 @@ namespace fathom::nn {
 // Rows of queries that the absorbed form takes at a time: its latent queries are 576 columns per
 // head, so longer blocks would cost more scratch than they save time.
 inline constexpr int64_t kAbsorbedRows = 32;
+// Attention over the rows of a text goes section by section, each from an empty state; what they give
+// is merged in their order.  So devices that hold rows of one layer work side by side, with the bits
+// of one.
+inline constexpr int64_t kSectionRows = 32768;
+static_assert(kSectionRows % kKvSplitRows == 0);
 // Longer passes do without copies of experts: they read nearly all of them wherever they are.
 inline constexpr int64_t kCopyPairs = 256;
 // Rows of logits computed at a time when all positions are wanted.
@@ -46,15 +51,18 @@ struct Scratch {
   float* x_norm;   // the same shape
   float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
 
-  // Attention; of a device that holds rows alone, blocks of min(n_tokens, kAbsorbedRows) queries.
+  // Attention; of a device that holds rows alone, a block of queries.
   float* q_latent;            // [n_tokens, q_lora_rank]
   float* q;                   // [n_tokens, n_heads, qk_head_dim]
   float* kv;                  // [n_tokens, kv_lora_rank + qk_rope_head_dim]
   float* attn;                // [n_tokens, n_heads, v_head_dim]
   AttentionState attn_state;  // [n_tokens, n_heads] each
   // Only absorbed attention; they share their bytes with x_norm and q_latent.
-  float* q_absorbed;          // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
-  float* attn_absorbed;       // [min(n_tokens, kAbsorbedRows), n_heads, kv_lora_rank]
+  int64_t block_rows;         // min(max(n_tokens, 2), kAbsorbedRows)
+  float* q_absorbed;          // [block_rows, n_heads, kv_lora_rank]
+  // The same for what attention gives, and its state; where a block of queries has fewer rows, the
+  // sections that are not merged yet lie behind them (attention_rows.cc).
+  float* attn_absorbed;       // [block_rows, n_heads, kv_lora_rank + 2]
 
   // Feed-forward; shares its bytes with the attention buffers.
   float* scores;          // [n_tokens, n_routed_experts]
@@ -99,6 +107,7 @@ struct Step {
   // All stages of the pass, for layers whose cache rows lie on several, and staging: see transfer.h.
   std::span<const Stage> stages = {};
   std::byte* staging = nullptr;
+  int64_t section_rows = kSectionRows;  // another number for tests
 };
 
 // Rows that attention can take at once, and the stage on which they are.
@@ -129,6 +138,12 @@ class RowSourceOf {
   virtual KvRows resident(int stage, int64_t layer_slot, int64_t end_row) const noexcept {
     (void)stage, (void)layer_slot, (void)end_row;
     return {};
+  }
+  // The stage on which rows [first_row, end_row) all are and stay while the pass lasts, so that
+  // piece() may be asked for them at any time and has all of them; -1: none, or it is not known.
+  virtual int lies_on(int stage, int64_t first_row, int64_t end_row) const noexcept {
+    (void)first_row, (void)end_row;
+    return stage;
   }
   // Where the rows from `first_row` on can be written, `end_row` at most, on this stage; written()
   // then takes them where they belong, if that is elsewhere.  No rows: as above.
@@ -166,6 +181,17 @@ int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 // all that are there, in the absorbed form on the devices where they lie.  What is left in x is of
 // no use when a cache's status() tells of a failure.  Errors: kDevice, of copies between devices.
 Status mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
+// The absorbed form over the rows of one text (attention_rows.cc): rows [first, first + n) of the pass,
+// all of one sequence, whose latent queries lie in b.q_absorbed behind those of their block, into the
+// same place of b.attn_absorbed.  False when the cache could not bring its rows in.  Errors: kDevice.
+struct BlockOfRows {
+  int64_t first, n;  // of the pass
+};
+Result<bool> attend_rows(const Step& step, const Sequence& sequence, LayerSlot layer,
+                         const BlockOfRows& block, int64_t first, int64_t n) noexcept;
+// What attention over rows at home, all of one section, takes for the same rows of the pass.
+AttendAbsorbedParams params_at_home(const Step& step, const BlockOfRows& block, int64_t first,
+                                    int64_t n, const KvRows& rows, int64_t position) noexcept;
 // The share of a device that only holds rows: attention of a block of n queries, for measuring.
 void attend_as_guest(const Step& step, const KvRows& rows, int64_t n) noexcept;
 

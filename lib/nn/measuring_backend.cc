@@ -64,6 +64,7 @@ class MeasuringBackend final : public Backend {
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override {
     see(p);
   }
+  void merge_attention(const OpContext&, const MergeAttentionParams&) noexcept override {}
   void attend_expanded(const OpContext&, const AttendExpandedParams& p) noexcept override {
     see(p);
   }

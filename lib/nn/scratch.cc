@@ -35,10 +35,10 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
   // Latent queries of absorbed attention take the place of what they are computed from: x_norm and
   // q_latent are read by the projections before, and written anew behind.
   const int64_t normed_mark = arena.mark();
+  s.block_rows = std::min(std::max<int64_t>(n, 2), kAbsorbedRows);
   if (roles.layers) {
-    const int64_t absorbed = std::min(n, kAbsorbedRows);
-    s.q_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
-    s.attn_absorbed = arena.take<float>(absorbed * heads * c.kv_lora_rank);
+    s.q_absorbed = arena.take<float>(s.block_rows * heads * c.kv_lora_rank);
+    s.attn_absorbed = arena.take<float>(s.block_rows * heads * (c.kv_lora_rank + 2));
   }
   const int64_t absorbed_mark = arena.mark();
   arena.rewind(normed_mark);
@@ -56,12 +56,12 @@ Scratch Scratch::carve(Arena& arena, const ModelConfig& c, int64_t n, const Devi
   }
 
   if (roles.rows && !roles.layers) {
-    const int64_t block = std::min(n, kAbsorbedRows);
+    const int64_t block = s.block_rows;
     s.q = arena.take<float>(block * heads * c.qk_head_dim());
     s.attn_state.max = arena.take<float>(block * heads);
     s.attn_state.sum = arena.take<float>(block * heads);
     s.q_absorbed = arena.take<float>(block * heads * c.kv_lora_rank);
-    s.attn_absorbed = arena.take<float>(block * heads * c.kv_lora_rank);
+    s.attn_absorbed = arena.take<float>(block * heads * (c.kv_lora_rank + 2));
   }
 
   arena.rewind(mark);

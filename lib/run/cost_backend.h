@@ -66,6 +66,9 @@ class CostBackend : public Backend {
   void attend_absorbed(const OpContext&, const AttendAbsorbedParams& p) noexcept override {
     spend(work_of(p, row_bytes(p.rows)));
   }
+  void merge_attention(const OpContext&, const MergeAttentionParams& p) noexcept override {
+    spend(work_of(p));
+  }
   void attend_expanded(const OpContext&, const AttendExpandedParams& p) noexcept override {
     spend(work_of(p, row_bytes(p.rows)));
   }

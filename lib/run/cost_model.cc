@@ -127,6 +127,10 @@ Work work_of(const AttendExpandedParams& p, double row_bytes) {
           .arithmetic = Arithmetic::kAttention};
 }
 
+Work work_of(const MergeAttentionParams& p) {
+  return moved(3 * product(p.n_tokens * p.n_heads, p.kv_lora_rank + 2) * kF32);
+}
+
 Work work_of(const RouteParams& p) {
   return moved(product(p.n_tokens, p.n_experts) * kF32);
 }

@@ -45,6 +45,7 @@ Work work_of(const KvAppendParams&, double row_bytes);
 Work work_of(const KvConvertParams&);
 Work work_of(const AttendAbsorbedParams&, double row_bytes);
 Work work_of(const AttendExpandedParams&, double row_bytes);
+Work work_of(const MergeAttentionParams&);
 Work work_of(const RouteParams&);
 Work work_of(const FfnParams&);
 Work work_of(const ExpertsParams&);  // of a span: its share of the layer's

@@ -114,6 +114,9 @@ class ForwardingBackend : public ForwardingDevice {
                     int64_t n_texts) noexcept override {
     real_->attend_texts(op, texts, n_texts);
   }
+  void merge_attention(const OpContext& op, const MergeAttentionParams& p) noexcept override {
+    real_->merge_attention(op, p);
+  }
   void attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept override {
     real_->attend_expanded(op, p);
   }

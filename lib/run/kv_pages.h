@@ -136,6 +136,7 @@ class KvPages {
   nn::RowPiece piece(int home, int64_t layer_slot, const OpContext& op, int64_t first_row,
                      int64_t end_row, nn::Where where) noexcept;
   KvRows resident(int home, int64_t layer_slot, int64_t end_row) const noexcept;
+  int lies_on(int home, int64_t first_row, int64_t end_row) const noexcept;
   KvRows room(int home, int64_t layer_slot, const OpContext& op, int64_t first_row,
               int64_t end_row) noexcept;
   void written(int home, int64_t layer_slot, const OpContext& op, const KvRows& rows) noexcept;

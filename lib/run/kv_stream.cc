@@ -59,6 +59,16 @@ nn::RowPiece KvPages::piece(int home, int64_t layer_slot, const OpContext& op, i
   return {{d.view, options_.layout, 0, first_row, end - first_row}, home};
 }
 
+int KvPages::lies_on(int home, int64_t first_row, int64_t end_row) const noexcept {
+  const Device& d = devices_[static_cast<size_t>(home)];
+  const int64_t page_tokens = options_.layout.page_tokens, step = stream_rows(page_tokens);
+  const Part& part = part_of(d, first_row / page_tokens);
+  if (&part != &d.parts.back() && end_row > part.end_page * page_tokens) return -1;
+  const bool moved = part.host_end != part.begin;
+  if (moved && first_row < (part.host_end * page_tokens + step - 1) / step * step) return -1;
+  return part.device;
+}
+
 Status KvPages::stream_in(Device& d, const Part& part, int64_t layer_slot, int64_t first_page,
                           int64_t end_page) {
   const int64_t file_first = std::max(first_page, part.begin);

@@ -57,6 +57,9 @@ class ObservedBackend final : public ForwardingBackend {
                     int64_t n_texts) noexcept override {
     timed("attend_absorbed", op, [&] { real_->attend_texts(op, texts, n_texts); });
   }
+  void merge_attention(const OpContext& op, const MergeAttentionParams& p) noexcept override {
+    timed("merge_attention", op, [&] { real_->merge_attention(op, p); });
+  }
   void attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept override {
     timed("attend_expanded", op, [&] { real_->attend_expanded(op, p); });
   }

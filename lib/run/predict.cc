@@ -68,6 +68,11 @@ class PredictedRows final : public nn::RowSourceOf {
     copy(part.device, stage, first_row, end_row);
     return {piece, stage};
   }
+  int lies_on(int stage, int64_t first_row, int64_t end_row) const noexcept override {
+    const KvPart& part = part_of(stage, first_row);
+    const Moved& moved = moved_[static_cast<size_t>(&part - parts_.data())];
+    return first_row >= moved.host_end && end_row <= end_of(part) ? part.device : -1;
+  }
   KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
               int64_t end_row) const noexcept override {
     return RowSourceOf::room(stage, layer_slot, op, first_row,
@@ -183,7 +188,8 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     Arena arena(base, kAddresses);
     stages.push_back({.device = devices.back().get(),
                       .op = {},
-                      .scratch = nn::Scratch::carve(arena, plan.model, pass.n_tokens,
+                      .scratch = nn::Scratch::carve(arena, plan.model,
+                                                    std::max(pass.n_tokens, plan.prefill_chunk),
                                                     nn::DeviceRoles::of(plan.placement, d))});
     if (d == std::max(machine.host(), 0)) {
       staging = static_cast<std::byte*>(base) + kAddresses / 2;

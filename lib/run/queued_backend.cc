@@ -119,6 +119,9 @@ class QueuedBackend final : public ForwardingDevice {
   void attend_absorbed(const OpContext& op, const AttendAbsorbedParams& p) noexcept override {
     queue<&Backend::attend_absorbed>(op, p);
   }
+  void merge_attention(const OpContext& op, const MergeAttentionParams& p) noexcept override {
+    queue<&Backend::merge_attention>(op, p);
+  }
   void attend_expanded(const OpContext& op, const AttendExpandedParams& p) noexcept override {
     queue<&Backend::attend_expanded>(op, p);
   }

@@ -118,6 +118,7 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
       .cancelled = RunControl::cancelled,
       .cancelled_arg = const_cast<RunControl*>(&control),
       .trace = trace,
+      .section_rows = section_rows,
       .copies = model.state()->copies.get()};
   const bool any_logits = want_logits || options.on_logits;
   const bool few = want_logits && !options.on_logits && !likeliest.empty();

@@ -99,6 +99,7 @@ nn::ForwardParams params_of(const Group& group, const RunControl& control) {
           .cancelled = RunControl::cancelled,
           .cancelled_arg = const_cast<RunControl*>(&control),
           .trace = nullptr,
+          .section_rows = first.section_rows,
           .copies = first.model.state()->copies.get()};
 }
 

@@ -41,7 +41,8 @@ Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t
         .form = form_of(n),
         .cancelled = RunControl::cancelled,
         .cancelled_arg = const_cast<RunControl*>(&control),
-        .trace = nullptr};
+        .trace = nullptr,
+        .section_rows = section_rows};
   };
   double last = seconds();
   chunks.finish = [&](const nn::ForwardParams& finished, int64_t index) -> Status {

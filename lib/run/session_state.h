@@ -104,6 +104,9 @@ class SessionState final : public nn::RowSourceOf {
                      int64_t end_row, nn::Where where) const noexcept override {
     return pages_.piece(stage, layer_slot, op, first_row, end_row, where);
   }
+  int lies_on(int stage, int64_t first_row, int64_t end_row) const noexcept override {
+    return pages_.lies_on(stage, first_row, end_row);
+  }
   KvRows room(int stage, int64_t layer_slot, const OpContext& op, int64_t first_row,
               int64_t end_row) const noexcept override {
     return pages_.room(stage, layer_slot, op, first_row, end_row);
@@ -133,6 +136,7 @@ class SessionState final : public nn::RowSourceOf {
   std::vector<Event> events;
   MemorySnapshot memory;             // what report() shows, kept so that it allocates once
   const nn::Trace* trace = nullptr;  // for tests
+  int64_t section_rows = nn::kSectionRows;  // for tests
 
  private:
   Status all_logits(const nn::ForwardParams& params, const RunOptions& options);

@@ -237,6 +237,22 @@ class ReferenceBackend final : public Backend {
     }
   }
 
+  void merge_attention(const OpContext&, const MergeAttentionParams& p) noexcept override {
+    for (int64_t col = 0; col < p.n_tokens * p.n_heads; ++col) {
+      const double a = p.state.max[col], b = p.part.max[col], top = std::max(a, b);
+      const double keep = p.state.sum[col] == 0 ? 0 : std::exp(a - top);
+      const double take = p.part.sum[col] == 0 ? 0 : std::exp(b - top);
+      const double sum = keep * p.state.sum[col] + take * p.part.sum[col];
+      for (int64_t i = col * p.kv_lora_rank; i < (col + 1) * p.kv_lora_rank; ++i) {
+        const double value =
+            (keep == 0 ? 0 : keep * p.out[i]) + (take == 0 ? 0 : take * p.part_out[i]);
+        p.out[i] = static_cast<float>(!p.finish ? value : sum == 0 ? 0 : value / sum);
+      }
+      p.state.max[col] = static_cast<float>(top);
+      p.state.sum[col] = static_cast<float>(sum);
+    }
+  }
+
   void route(const OpContext&, const RouteParams& p) noexcept override {
     const auto n = static_cast<size_t>(p.n_experts);
     std::vector<double> score(n), choice(n);
