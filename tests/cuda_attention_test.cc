@@ -425,6 +425,42 @@ TEST_CASE("expanded attention over pages of every type", "[cuda][attention]") {
       }
 }
 
+TEST_CASE("sums of two parts of the rows are added as the CPU adds them", "[cuda][attention]") {
+  const auto scalar = make_scalar();
+  Rng rng(80);
+  for (const int64_t rank : {16, 52, 512})
+    for (const bool finish : {false, true}) {
+      const int64_t n = 3, heads = 5, columns = n * heads;
+      TestGpu gpu(Numerics::kFast);
+      std::vector<float> max = random_values(rng, columns), sum = random_values(rng, columns);
+      std::vector<float> out = random_values(rng, columns * rank);
+      std::vector<float> part_max = random_values(rng, columns);
+      std::vector<float> part_sum = random_values(rng, columns);
+      const std::vector<float> part_out = random_values(rng, columns * rank);
+      for (float& v : part_sum) v = 2 + std::fabs(v);
+      for (float& v : sum) v = 2 + std::fabs(v);
+      max[1] = -std::numeric_limits<float>::infinity();  // nothing seen before
+      sum[1] = 0;
+      MergeAttentionParams p{.n_tokens = n,
+                             .n_heads = heads,
+                             .kv_lora_rank = rank,
+                             .state = {max.data(), sum.data()},
+                             .out = out.data(),
+                             .part = {part_max.data(), part_sum.data()},
+                             .part_out = part_out.data(),
+                             .finish = finish};
+      auto expected_max = max, expected_sum = sum, expected = out;
+      gpu->merge_attention({}, p);
+      gpu.finish();
+      p.state = {expected_max.data(), expected_sum.data()};
+      p.out = expected.data();
+      scalar->merge_attention({}, p);
+      check_close("max", max, expected_max, 0);
+      check_close("sum", sum, expected_sum, 1e-4);
+      check_close("out", out, expected, 1e-4);
+    }
+}
+
 TEST_CASE("attention over no rows gives zeros", "[cuda][attention]") {
   TestGpu gpu(Numerics::kFast);
   const Absorbed s{{16, 32, 16}, 4, 2, 0};
