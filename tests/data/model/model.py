@@ -98,7 +98,7 @@ class Attn(nn.Module):
         s.kv_a_layernorm = RMS(c["kv_lora"])
         s.kv_b_proj = Lin(c["kv_lora"], H * (c["nope"] + c["v"]))
         s.o_proj = Lin(H * c["v"], c["dim"], 0.2)
-        s.tap = None  # a list: queries and keys of the next forward pass are put into it
+        s.tap = None  # a list: queries, keys and values of the next forward pass are put into it
 
     def forward(s, x, B, cos, sin):
         c = s.c
@@ -110,7 +110,7 @@ class Attn(nn.Module):
         q, k, v = qk(q, a[:, c["kv_lora"] :], kv, cos, sin, c["nope"], c["rope"])
         q, k, v = (t.view(B, N // B, H, -1).transpose(1, 2) for t in (q, k, v))
         if s.tap is not None:
-            s.tap[:] = q, k
+            s.tap[:] = q, k, v
         if v.shape[-1] != q.shape[-1]:
             v = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., : c["v"]]

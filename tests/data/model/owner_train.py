@@ -14,8 +14,8 @@ end of "Anna has the red key" must hold "Anna", the end of the question the key'
 fact's end must be looked up.  With aux > 0 each is rewarded where it happens: the name and the words are read
 from the residual stream after the second layer through a small matrix and the model's own lm_head (so that what
 one name teaches serves every name), a head of that layer should look from the fact's end to the name and from
-the question's end to the key, and a head of the last two layers from the question's end to the fact's.  The
-readers are thrown away.
+the question's end to the key, and a head of the last two layers from the question's end to the fact's; what
+that head writes of a fact's end should be the name.  The readers are thrown away.
 """
 
 import json
@@ -96,8 +96,8 @@ class Readers(torch.nn.Module):
 
 def look_loss(tap, row, begin, to, width=1):
     """- log of the share of attention that goes from `begin` to `to` (and width - 1 after it), in the head
-    that does it best; and that share"""
-    queries, keys = tap
+    that does it best; that share, and the head"""
+    queries, keys, _ = tap
     shares = []
     for b in row.unique().tolist():
         mine = row == b
@@ -110,7 +110,15 @@ def look_loss(tap, row, begin, to, width=1):
     shares = torch.cat(shares)
     loss = -torch.log(shares + 1e-5).mean(0)
     best = loss.argmin()
-    return loss[best], shares[:, best].mean().item()
+    return loss[best], shares[:, best].mean().item(), int(best)
+
+
+def said_loss(m, layer, head, rows, at, names):
+    """what the head writes where it looks at a fact's end should say the name to lm_head"""
+    attn, v = m.layers[layer].self_attn, m.c["v"]
+    out = F.linear(attn.tap[2][rows, head, at], attn.o_proj.weight[:, head * v : (head + 1) * v].to(torch.bfloat16))
+    h = F.rms_norm(out.float(), out.shape[-1:]) * m.norm.weight.detach()
+    return F.cross_entropy(h @ m.lm_head.weight.detach().T, names)
 
 
 def gather(notes):
@@ -131,13 +139,15 @@ def aux_loss(m, readers, notes, T):
     at = lambda row, i: x[row * T + i]
     name = readers(m.lm_head.weight, at(f_row, f[:, 0]), {"name": f[:, 1]})["name"]
     key = readers(m.lm_head.weight, at(q_row, q[:, 0]), {"adj": q[:, 3], "obj": q[:, 4]})
-    carry, carried = look_loss(tap(SECOND), f_row, f[:, 0], f[:, 4])
-    fetch, fetched = look_loss(tap(SECOND), q_row, q[:, 0], q[:, 5])
+    carry, carried, _ = look_loss(tap(SECOND), f_row, f[:, 0], f[:, 4])
+    fetch, fetched, _ = look_loss(tap(SECOND), q_row, q[:, 0], q[:, 5])
     looks = [look_loss(tap(i), q_row, q[:, 0], q[:, 1], 2) for i in LOOKING]
-    look, seen = min(looks, key=lambda x: x[0].item())
+    layer = min((0, 1), key=lambda i: looks[i][0].item())
+    look, seen, head = looks[layer]
+    said = said_loss(m, LOOKING[layer], head, f_row, f[:, 0], f[:, 1])
     parts = {"name": name.item(), "adj": key["adj"].item(), "obj": key["obj"].item()}
-    parts |= {"carried": carried, "fetched": fetched, "look": seen}
-    return name + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look, parts
+    parts |= {"carried": carried, "fetched": fetched, "look": seen, "said": said.item()}
+    return name + said + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look, parts
 
 
 def evaluate(m, data, checks, enc):
@@ -172,6 +182,7 @@ def main(data, out, init, *phases):
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64
     seed = int(os.environ.get("SEED", 31))
     rng = random.Random(seed)
     enc, pools = C.Enc(data), Pools(data, rng)
@@ -275,7 +286,7 @@ def main(data, out, init, *phases):
             if step % 10 == 0:
                 last = {k: round(float(np.mean(v[-10:])), 3) for k, v in seen.items()}
                 print(f"{step} {spent:.0f}s", last, f"lr {rate:.3f} tokens {tokens}", flush=True)
-            if since > 600 or spent >= minutes * 60:
+            if since > 1500 or spent >= minutes * 60:
                 since = 0.0
                 last = {k: round(float(np.mean(v[-40:])), 3) for k, v in seen.items()}
                 report(step=step, sec=round(spent), tokens=tokens, phase=spec, loss=last)
