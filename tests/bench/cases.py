@@ -84,6 +84,8 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    if not args.results.exists():  # before the runs, not after them
+        args.results.write_text("# Results\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.models or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
