@@ -196,7 +196,7 @@ def golden(data, out, prompts):
         G[f"gen.{i}.prompt"] = ("I32", np.array(ids, np.int32))
         g, mg = [], []
         for _ in range(128):
-            top = logits(m, ids + g, last=1)[0].topk(2)
+            top = logits(q8, ids + g, last=1)[0].topk(2)  # the file that tests have
             g.append(int(top.indices[0]))
             mg.append(float(top.values[0] - top.values[1]))
         G[f"gen.{i}.tokens"] = ("I32", np.array(g, np.int32))
