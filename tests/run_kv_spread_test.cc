@@ -109,6 +109,26 @@ void check_spreads(const char* name, std::span<const test::Settings> spreads) {
   }
 }
 
+// Logits of three steps of a batch of texts of so many tokens.
+std::vector<float> batch_logits(const Model& model, std::initializer_list<int64_t> lengths,
+                                int64_t section_rows = nn::kSectionRows) {
+  std::vector<Session> sessions;
+  std::vector<Session*> batch;
+  std::vector<float> all;
+  for (const int64_t n : lengths) {
+    sessions.push_back(test::new_session(model));
+    sessions.back().state().section_rows = section_rows;
+    test::require_ok(sessions.back().prefill(some_tokens(n, model.config().vocab_size, n)));
+  }
+  for (Session& session : sessions) batch.push_back(&session);
+  for (int i = 0; i < 3; ++i) {
+    const int32_t tokens[] = {3, 1, 4};
+    test::require_ok(Session::step_batch(batch, tokens));
+    for (const Session& session : sessions) keep(all, session);
+  }
+  return all;
+}
+
 TEST_CASE("a cache spread over devices has the bits of one device", "[kv_spread]") {
   check_spreads("models/tiny-v2", kSpreads);
   check_spreads("models/tiny-v3", kSpreads);
@@ -199,21 +219,7 @@ TEST_CASE("a batch of spread caches has sections, too", "[kv_spread]") {
   const test::Settings settings{
       {"context.max", "2400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
   const auto step = [](const Model& model) {
-    std::vector<Session> sessions;
-    std::vector<Session*> batch;
-    std::vector<float> all;
-    for (const int64_t n : {40, 1300, 600}) {
-      sessions.push_back(test::new_session(model));
-      sessions.back().state().section_rows = 512;
-      test::require_ok(sessions.back().prefill(some_tokens(n, model.config().vocab_size, n)));
-    }
-    for (Session& session : sessions) batch.push_back(&session);
-    for (int i = 0; i < 3; ++i) {
-      const int32_t tokens[] = {3, 1, 4};
-      test::require_ok(Session::step_batch(batch, tokens));
-      for (const Session& session : sessions) keep(all, session);
-    }
-    return all;
+    return batch_logits(model, {40, 1300, 600}, 512);
   };
   const std::vector<float> expected = step(test::load_model(path, settings));
   for (const test::Settings& spread : kSectionSpreads)
@@ -311,20 +317,7 @@ TEST_CASE("sessions with spread caches step together", "[kv_spread]") {
   const test::Settings settings{
       {"context.max", "1400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
   const auto step = [](const Model& model) {
-    std::vector<Session> sessions;
-    std::vector<Session*> batch;
-    std::vector<float> all;
-    for (const int64_t n : {40, 600, 1100}) {
-      sessions.push_back(test::new_session(model));
-      test::require_ok(sessions.back().prefill(some_tokens(n, model.config().vocab_size, n)));
-    }
-    for (Session& session : sessions) batch.push_back(&session);
-    for (int i = 0; i < 3; ++i) {
-      const int32_t tokens[] = {3, 1, 4};
-      test::require_ok(Session::step_batch(batch, tokens));
-      for (const Session& session : sessions) keep(all, session);
-    }
-    return all;
+    return batch_logits(model, {40, 600, 1100});
   };
   const std::vector<float> expected = step(test::load_model(path, settings));
   for (const test::Settings& spread : kSpreads) {

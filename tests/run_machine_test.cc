@@ -4,6 +4,7 @@
 #include "fathom/engine.hpp"
 #include "fathom/machine.hpp"
 #include "support/loaded_model.h"
+#include "support/spill.h"
 
 namespace fathom {
 namespace {
@@ -177,7 +178,12 @@ TEST_CASE("an engine describes its own devices", "[machine]") {
 }
 
 TEST_CASE("an engine measures its devices, and another one plans with the result", "[machine]") {
-  const Config config = test::config_of({{"devices", "cpu:0,cpu:1"}, {"threads", "1"}});
+  const test::TemporaryFolder folder("measured");
+  const Config config = test::config_of({{"devices", "cpu:0,cpu:1"},
+                                         {"threads", "1"},
+                                         {"kv.tiers", "device,file"},
+                                         {"kv.spill_tmpfs", "allow"},
+                                         {"kv.spill_folder", folder.path()}});
   auto engine = Engine::create(config);
   REQUIRE(engine.ok());
   const int64_t before = engine->memory().devices[0].bytes_now;
@@ -204,6 +210,9 @@ TEST_CASE("an engine measures its devices, and another one plans with the result
     CHECK(device.operation_s < 0.1);
   }
   CHECK(measured->links[0].source == RateSource::kMeasured);
+  CHECK(measured->file_source == RateSource::kMeasured);
+  CHECK(measured->file_bytes_per_s > 1e5);
+  CHECK(measured->file_bytes_per_s < 1e12);
 
   auto known = MachineDescription::parse(measured->to_json());  // through a profile's file
   REQUIRE(known.ok());
@@ -214,6 +223,7 @@ TEST_CASE("an engine measures its devices, and another one plans with the result
   CHECK(plan->speed.source == RateSource::kMeasured);
   CHECK(engine->plan(FATHOM_EXAMPLE_MODEL)->speed.source == RateSource::kDocumented);
   CHECK(again->machine().devices[1].read_bytes_per_s == measured->devices[1].read_bytes_per_s);
+  CHECK(again->machine().file_bytes_per_s == known->file_bytes_per_s);
 
   CHECK(engine->measure(0).status().code() == Code::kInvalidArgument);
   auto simulated = Engine::simulate(*measured);

@@ -118,7 +118,7 @@ class Engine {
   // Measures the rates of the devices and of the links between them by running operations, for
   // about so many seconds per device (a few more under 1) and with 64 MiB per second, given back;
   // and that of the spill folder's disk with a file of as much, where kv.tiers has files.
-  // Errors: kInvalidArgument, kBudget, kMemory, kDevice; kState for simulated devices.
+  // Errors: kInvalidArgument, kBudget, kMemory, kDevice, kIo; kState for simulated devices.
   Result<MachineDescription> measure(double seconds_per_device = 2) const;
   // Seconds since the engine was made: on the wall, or on the clock of simulated devices.
   double seconds() const noexcept;
