@@ -62,7 +62,8 @@ Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options
                            .numerics = options.numerics,
                            .matmul = &matmul_kernels(isa),
                            .rows = &row_kernels(isa),
-                           .pairs = pair_kernels(isa, options.numerics)};
+                           .pairs = pair_kernels(isa, options.numerics),
+                           .f8_pairs = f8_pair_kernels(isa, options.numerics)};
   return std::unique_ptr<CpuBackend>(
       new CpuBackend(options.name, options.isa, std::move(threads), context, options.allocator));
 }
@@ -72,7 +73,8 @@ std::string CpuBackend::describe() const {
       "{}: instruction set {} ({}), {} thread{}, numerics {}\n", name_, isa_name(context_.isa),
       isa_option_ == "auto" ? "best that runs here" : "as configured", threads_->size(),
       threads_->size() == 1 ? "" : "s", context_.numerics == Numerics::kFast ? "fast" : "exact");
-  text += fmt::format("  products with weights: {} kernels\n", context_.matmul->name);
+  text += fmt::format("  products with weights: {} kernels{}\n", context_.matmul->name,
+                      context_.f8_pairs != nullptr ? ", few rows with E4M3 in bf16 pairs" : "");
   text += fmt::format("  norm, rope, cache rows, attention: {} kernels{}\n", context_.rows->name,
                       context_.isa == Isa::kAmx ? " (AVX-512 arithmetic, no tile products)" : "");
   text += fmt::format("  products of attention: {}\n",

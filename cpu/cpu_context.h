@@ -9,6 +9,7 @@
 namespace fathom::cpu {
 
 struct MatmulKernels;  // cpu/matmul_kernels.h: products with stored weights
+struct F8PairKernels;  // there: rows of E4M3 in bf16 pairs
 struct RowKernels;     // cpu/rows_kernels.h: norm, RoPE, rows of the cache, attention tiles
 struct PairKernels;    // cpu/pair_kernels.h: attention tiles over bf16 pairs
 
@@ -19,7 +20,8 @@ struct CpuContext {
   Numerics numerics = Numerics::kFast;
   const MatmulKernels* matmul = nullptr;
   const RowKernels* rows = nullptr;
-  const PairKernels* pairs = nullptr;  // null: attention in f32
+  const PairKernels* pairs = nullptr;       // null: attention in f32
+  const F8PairKernels* f8_pairs = nullptr;  // null: few rows times E4M3 in f32
 };
 
 }  // namespace fathom::cpu

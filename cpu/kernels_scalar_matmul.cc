@@ -224,15 +224,34 @@ void widen(const void* weights, int64_t n, float scale, float* out) {
 
 template <ReadPlain kRead>
 void plain_dot(const PlainDot& p) {
-  const auto* w = static_cast<const uint8_t*>(p.weights);
-  for (int64_t i = 0; i < p.n_rows; ++i) {
-    const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
-    double sum = 0;
-    for (int64_t k = 0; k < p.n; ++k) {
-      const float scale = p.scales == nullptr ? 1.0f : p.scales[k / kScaleColumns];
-      sum += static_cast<double>(kRead(w, k)) * scale * x[k];
+  for (int64_t c = 0; c < p.n_outputs; ++c) {
+    const auto* w = static_cast<const uint8_t*>(p.weights) + c * p.weight_bytes;
+    for (int64_t i = 0; i < p.n_rows; ++i) {
+      const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
+      double sum = 0;
+      for (int64_t k = 0; k < p.n; ++k) {
+        const float scale = p.scales == nullptr ? 1.0f : p.scales[k / kScaleColumns];
+        sum += static_cast<double>(kRead(w, k)) * scale * x[k];
+      }
+      float& out = p.out[i * p.out_stride + c];
+      out = p.add ? out + static_cast<float>(sum) : static_cast<float>(sum);
     }
-    p.sums[i] = static_cast<float>(sum);
+  }
+}
+
+void f8_pair_dot(const PlainDot& p) {
+  for (int64_t c = 0; c < p.n_outputs; ++c) {
+    const auto* w = static_cast<const uint8_t*>(p.weights) + c * p.weight_bytes;
+    for (int64_t i = 0; i < p.n_rows; ++i) {
+      const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
+      double sum = 0;
+      for (int64_t k = 0; k < p.n; ++k) {
+        const float scaled = p.scales == nullptr ? x[k] : x[k] * p.scales[k / kScaleColumns];
+        sum += static_cast<double>(read_f8(w, k)) * bf16_to_f32(f32_to_bf16(scaled));
+      }
+      float& out = p.out[i * p.out_stride + c];
+      out = p.add ? out + static_cast<float>(sum) : static_cast<float>(sum);
+    }
   }
 }
 
@@ -273,6 +292,11 @@ void add_scaled(float a, const float* x, int64_t n, float* y) {
 }
 
 }  // namespace
+
+const F8PairKernels& f8_pair_kernels_scalar() noexcept {
+  static constexpr F8PairKernels kTable = {.name = "scalar", .dot = f8_pair_dot};
+  return kTable;
+}
 
 const MatmulKernels& matmul_kernels_scalar() noexcept {
   static constexpr MatmulKernels kTable = {

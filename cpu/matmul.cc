@@ -181,6 +181,17 @@ const MatmulKernels& matmul_kernels(Isa isa) noexcept {
   return matmul_kernels_scalar();
 }
 
+const F8PairKernels* f8_pair_kernels(Isa isa, Numerics numerics) noexcept {
+#ifdef __x86_64__
+  const CpuFeatures& features = cpu_features();
+  if (numerics == Numerics::kFast && isa >= Isa::kAvx512 && features.avx512_bf16 &&
+      features.avx512_vbmi)
+    return &f8_pair_kernels_avx512vbmi();
+#endif
+  static_cast<void>(isa), static_cast<void>(numerics);
+  return nullptr;
+}
+
 void embed(const CpuContext& ctx, const OpContext&, const EmbedParams& p) noexcept {
   const Weight& table = *p.table;
   ctx.threads->parallel_for(p.n_tokens, [&](int64_t t, int) {

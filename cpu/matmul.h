@@ -30,6 +30,10 @@ void sum_experts(const CpuContext&, const SumExpertsParams&) noexcept;
 // The kernels of an instruction set; the scalar ones where a build has no others.
 const MatmulKernels& matmul_kernels(Isa isa) noexcept;
 
+// Products of few rows with E4M3 over bf16 pairs: in fast numerics, on processors with AVX512_BF16
+// and AVX512_VBMI.  Null: f32.
+const F8PairKernels* f8_pair_kernels(Isa isa, Numerics numerics) noexcept;
+
 // Rows 16 * row_group .. + 15 of matrix `index`, dequantised: panel[k][16] for the columns
 // k = col0 .. col0 + n_cols - 1.  Rows that do not exist are zero.  For packed types col0 and
 // n_cols are multiples of 32.  Runs on the calling thread.

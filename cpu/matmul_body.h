@@ -10,6 +10,8 @@
 #include "cpu/matmul_kernels.h"
 #include "cpu/packed_columns.h"
 #include "cpu/plain_body.h"
+// After the body of the other plain types, whose tile it uses.
+#include "cpu/f8_body.h"
 
 namespace fathom::cpu {
 namespace {
@@ -366,7 +368,7 @@ constexpr MatmulKernels table(const char* name, int64_t int8_max_rows) {
                  unpack<ReadQ5_1>, unpack<ReadIQ4_NL>, unpack<ReadQ2_K>, unpack<ReadQ3_K>,
                  unpack<ReadQ4_K>, unpack<ReadQ5_K>, unpack<ReadQ6_K>, unpack<ReadIQ4_XS>},
       .widen = {widen<ReadF32>, widen<ReadF16>, widen<ReadBF16>, widen<ReadF8>},
-      .plain_dot = {plain_dot<ReadF32>, plain_dot<ReadF16>, plain_dot<ReadBF16>, plain_dot<ReadF8>},
+      .plain_dot = {plain_dot<ReadF32>, plain_dot<ReadF16>, plain_dot<ReadBF16>, f8_dot},
       .transpose16 = transpose16,
       .untranspose16 = untranspose16,
       .panel_product = panel_product,

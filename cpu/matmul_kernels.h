@@ -58,16 +58,20 @@ struct PanelProduct {
   bool add;
 };
 
-// sums[i] = sum_k scale(k) * weights[k] * x[i, k] for one row of plain weights, n_rows <= kDotRows.
+// out[i, c] (+)= sum_k scale(k) * weights[c, k] * x[i, k] for rows of plain weights as they lie,
+// n_rows <= kDotRows.
 struct PlainDot {
-  const void* weights;  // [n]
-  int64_t n;
-  const float* scales;  // one per kScaleColumns weights; null: 1
+  const void* weights;
+  int64_t weight_bytes;  // from row to row
+  int64_t n_outputs, n;  // rows of weights, and their columns
+  const float* scales;   // E4M3: one per kScaleColumns columns of all these rows; null: 1
   const float* x;
   int64_t x_stride;
   const int32_t* rows;
   int64_t n_rows;
-  float* sums;
+  float* out;
+  int64_t out_stride;
+  bool add;
 };
 inline constexpr int kDotRows = 4;
 inline constexpr int kScaleColumns = 128;  // of block-scaled F8_E4M3
@@ -100,6 +104,15 @@ struct MatmulKernels {
   // y[i] += a * x[i].
   void (*add_scaled)(float a, const float* x, int64_t n, float* y);
 };
+
+// Products of rows of E4M3 in fast numerics: scale * x is rounded to bf16 (nearest even), which
+// holds the codes as they are; sums stay f32.
+struct F8PairKernels {
+  const char* name;
+  void (*dot)(const PlainDot&);
+};
+const F8PairKernels& f8_pair_kernels_scalar() noexcept;
+const F8PairKernels& f8_pair_kernels_avx512vbmi() noexcept;
 
 // One per instruction set, in the files kernels_<isa>_matmul.cc.
 const MatmulKernels& matmul_kernels_scalar() noexcept;

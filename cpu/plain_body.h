@@ -1,5 +1,5 @@
 // Rows that lie as in the file, f32, f16, bf16 and E4M3, over the vectors of simd_<isa>.h: widened,
-// or multiplied as they are read.  Include the vectors first.
+// or multiplied as they are read; E4M3 is multiplied in f8_body.h.  Include the vectors first.
 #pragma once
 
 #include <stdint.h>
@@ -10,33 +10,29 @@ namespace fathom::cpu {
 namespace {
 
 // Each reads kLanes values, or twice as many, in units of 1 / kUnit.
-struct ReadF32 {
+template <class Layout>
+struct ReadFloats : Layout {
+  static constexpr float kUnit = 1;
+  static void load_two(const uint8_t* p, F& a, F& b) {
+    a = Layout::load(p);
+    b = Layout::load(p + kLanes * Layout::kBytes);
+  }
+};
+struct LayoutF32 {
   static constexpr int kBytes = 4;
-  static constexpr float kUnit = 1;
   static F load(const uint8_t* p) { return f_load(reinterpret_cast<const float*>(p)); }
-  static void load_two(const uint8_t* p, F& a, F& b) {
-    a = load(p);
-    b = load(p + kLanes * kBytes);
-  }
 };
-struct ReadF16 {
+struct LayoutF16 {
   static constexpr int kBytes = 2;
-  static constexpr float kUnit = 1;
   static F load(const uint8_t* p) { return f_load_f16(p); }
-  static void load_two(const uint8_t* p, F& a, F& b) {
-    a = load(p);
-    b = load(p + kLanes * kBytes);
-  }
 };
-struct ReadBF16 {
+struct LayoutBF16 {
   static constexpr int kBytes = 2;
-  static constexpr float kUnit = 1;
   static F load(const uint8_t* p) { return f_load_bf16(p); }
-  static void load_two(const uint8_t* p, F& a, F& b) {
-    a = load(p);
-    b = load(p + kLanes * kBytes);
-  }
 };
+using ReadF32 = ReadFloats<LayoutF32>;
+using ReadF16 = ReadFloats<LayoutF16>;
+using ReadBF16 = ReadFloats<LayoutBF16>;
 struct ReadF8 {
   static constexpr int kBytes = 1;
   static constexpr float kUnit = 256;
@@ -69,20 +65,21 @@ void widen(const void* weights, int64_t n, float scale, float* out) {
   }
 }
 
-// sum + weights . x over n values, in kChains sums.
-template <class Type, int kRows, int kChains>
-inline void add_plain_dots(const uint8_t* w, int64_t n, const float* const* x,
-                           F (&sum)[kRows][kChains]) {
-  static_assert(kChains % 2 == 0);
+// One row of weights times kRows rows of activations.  One row after the other: a single stream is
+// what the processor looks ahead in best, and four sums hide the latency of their additions.
+template <class Type, int kRows>
+void dot_row(const uint8_t* w, int64_t n, const float* const* x, float* sums) {
+  // The same for any number of rows: a row gets the same bits in any company.
+  constexpr int kChains = 4;
+  F sum[kRows][kChains];
+  for (auto& chains : sum)
+    for (F& v : chains) v = f_zero();
   int64_t i = 0;
   for (; i + kLanes * kChains <= n; i += kLanes * kChains)
-    for (int c = 0; c < kChains; c += 2) {
-      F a, b;
-      Type::load_two(w + (i + kLanes * c) * Type::kBytes, a, b);
-      for (int r = 0; r < kRows; ++r) {
-        sum[r][c] = f_fma(a, f_load(x[r] + i + kLanes * c), sum[r][c]);
-        sum[r][c + 1] = f_fma(b, f_load(x[r] + i + kLanes * (c + 1)), sum[r][c + 1]);
-      }
+    for (int c = 0; c < kChains; ++c) {
+      const F value = Type::load(w + (i + kLanes * c) * Type::kBytes);
+      for (int r = 0; r < kRows; ++r)
+        sum[r][c] = f_fma(value, f_load(x[r] + i + kLanes * c), sum[r][c]);
     }
   for (; i < n; i += kLanes) {
     const int left = n - i < kLanes ? static_cast<int>(n - i) : kLanes;
@@ -90,60 +87,42 @@ inline void add_plain_dots(const uint8_t* w, int64_t n, const float* const* x,
     for (int r = 0; r < kRows; ++r)
       sum[r][0] = f_fma(value, f_load_first(x[r] + i, left), sum[r][0]);
   }
+  for (int r = 0; r < kRows; ++r)
+    sums[r] = f_sum(f_add(f_add(sum[r][0], sum[r][1]), f_add(sum[r][2], sum[r][3])));
 }
 
+// Rows of activations whose sums stay in registers.
+constexpr int kDotTileRows = kLanes == 16 ? 4 : 2;
+
+// Rows [first, first + kRows) of the activations.
 template <class Type, int kRows>
-void dot_rows(const PlainDot& p) {
-  // The same for any number of rows: a row gets the same bits in any company.
-  constexpr int kChains = 2;
+void dot_rows(const PlainDot& p, int64_t first) {
   const auto* w = static_cast<const uint8_t*>(p.weights);
   const float* x[kRows];
-  F sum[kRows][kChains];
-  for (int r = 0; r < kRows; ++r) {
-    x[r] = p.x + (p.rows ? p.rows[r] : r) * p.x_stride;
-    for (int c = 0; c < kChains; ++c) sum[r][c] = f_zero();
-  }
-  if (p.scales == nullptr) {
-    add_plain_dots<Type>(w, p.n, x, sum);
-  } else {
-    for (int64_t k = 0; k < p.n; k += kScaleColumns) {
-      const int64_t n = p.n - k < kScaleColumns ? p.n - k : kScaleColumns;
-      F part[kRows][kChains];
-      for (auto& row : part)
-        for (F& v : row) v = f_zero();
-      add_plain_dots<Type>(w + k * Type::kBytes, n, x, part);
-      const F scale = f_set(p.scales[k / kScaleColumns]);
-      for (int r = 0; r < kRows; ++r) {
-        for (int c = 0; c < kChains; ++c) sum[r][c] = f_fma(part[r][c], scale, sum[r][c]);
-        x[r] += n;
-      }
+  for (int r = 0; r < kRows; ++r)
+    x[r] = p.x + (p.rows ? p.rows[first + r] : first + r) * p.x_stride;
+  for (int64_t c = 0; c < p.n_outputs; ++c, w += p.weight_bytes) {
+    float sums[kRows];
+    dot_row<Type, kRows>(w, p.n, x, sums);
+    for (int r = 0; r < kRows; ++r) {
+      float& to = p.out[(first + r) * p.out_stride + c];
+      to = p.add ? to + sums[r] : sums[r];
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    F total = sum[r][0];
-    for (int c = 1; c < kChains; ++c) total = f_add(total, sum[r][c]);
-    p.sums[r] = Type::kUnit * f_sum(total);
+}
+
+template <class Type, int kRows = kDotTileRows>
+void plain_dot_part(const PlainDot& p, int64_t first, int64_t n) {
+  if constexpr (kRows > 1) {
+    if (n < kRows) return plain_dot_part<Type, kRows - 1>(p, first, n);
   }
+  dot_rows<Type, kRows>(p, first);
 }
 
 template <class Type>
 void plain_dot(const PlainDot& p) {
-  switch (p.n_rows) {
-    case 1:
-      dot_rows<Type, 1>(p);
-      break;
-    case 2:
-      dot_rows<Type, 2>(p);
-      break;
-    case 3:
-      dot_rows<Type, 3>(p);
-      break;
-    case 4:
-      dot_rows<Type, 4>(p);
-      break;
-    default:
-      break;
-  }
+  for (int64_t first = 0; first < p.n_rows; first += kDotTileRows)
+    plain_dot_part<Type>(p, first, p.n_rows - first);
 }
 
 }  // namespace

@@ -91,45 +91,59 @@ void multiply_int8(const MatmulKernels& kernels, const Weight& w, int64_t index,
   });
 }
 
-void multiply_dot(const MatmulKernels& kernels, const Weight& w, int64_t index, const Slice& slice,
-                  const Activations& a, float* out, int64_t out_stride, bool add) noexcept {
-  assert(a.n_rows <= kDotRows);
-  const PlainType type = plain_type(w.dtype);
-  const int64_t bytes_per_row = row_bytes(w.dtype, w.cols);
-  const float* scales = block_scales(w, index);
+// Types without a vector reader: a row is widened piece by piece.
+void multiply_widened(const MatmulKernels& kernels, const Weight& w, int64_t index,
+                      const Slice& slice, const Activations& a, float* out, int64_t out_stride,
+                      bool add) noexcept {
   constexpr int64_t kChunk = 8 * kSuperBlock;
   alignas(64) float values[kChunk];
   for (int64_t c = 0; c < slice.n_rows; ++c) {
-    const int64_t row = slice.row0 + c;
-    const std::byte* src = w.matrix(index) + row * bytes_per_row;
     float sums[kDotRows] = {};
-    PlainDot dot{
-        .weights = src,
-        .n = w.cols,
-        .scales = scales == nullptr ? nullptr : scales + row / kF8ScaleBlock * scale_columns(w),
-        .x = a.x,
-        .x_stride = a.x_stride,
-        .rows = a.rows,
-        .n_rows = a.n_rows,
-        .sums = sums};
-    if (type == kPlainTypes) {
-      float parts[kDotRows];
-      dot.sums = parts;
-      for (int64_t k = 0; k < w.cols; k += kChunk) {
-        dot.n = std::min(kChunk, w.cols - k);
-        widen_row(kernels, w, index, row, k, dot.n, values);
-        dot.weights = values;
-        dot.x = a.x + k;
-        kernels.plain_dot[kPlainF32](dot);
-        for (int64_t i = 0; i < a.n_rows; ++i) sums[i] += parts[i];
-      }
-    } else {
-      kernels.plain_dot[type](dot);
+    for (int64_t k = 0; k < w.cols; k += kChunk) {
+      const int64_t n = std::min(kChunk, w.cols - k);
+      widen_row(kernels, w, index, slice.row0 + c, k, n, values);
+      kernels.plain_dot[kPlainF32]({.weights = values,
+                                    .weight_bytes = 0,
+                                    .n_outputs = 1,
+                                    .n = n,
+                                    .scales = nullptr,
+                                    .x = a.x + k,
+                                    .x_stride = a.x_stride,
+                                    .rows = a.rows,
+                                    .n_rows = a.n_rows,
+                                    .out = sums,
+                                    .out_stride = 1,
+                                    .add = k > 0});
     }
     for (int64_t i = 0; i < a.n_rows; ++i) {
       float& to = out[i * out_stride + c];
       to = add ? to + sums[i] : sums[i];
     }
+  }
+}
+
+void multiply_rows(void (*dot)(const PlainDot&), const Weight& w, int64_t index, const Slice& slice,
+                   const Activations& a, float* out, int64_t out_stride, bool add) noexcept {
+  assert(a.n_rows <= kDotRows);
+  const int64_t bytes_per_row = row_bytes(w.dtype, w.cols);
+  const float* scales = block_scales(w, index);
+  // All rows, or those that share their scales.
+  for (int64_t c = 0, n = 0; c < slice.n_rows; c += n) {
+    const int64_t row = slice.row0 + c;
+    n = slice.n_rows - c;
+    if (scales != nullptr) n = std::min(n, kF8ScaleBlock - row % kF8ScaleBlock);
+    dot({.weights = w.matrix(index) + row * bytes_per_row,
+         .weight_bytes = bytes_per_row,
+         .n_outputs = n,
+         .n = w.cols,
+         .scales = scales == nullptr ? nullptr : scales + row / kF8ScaleBlock * scale_columns(w),
+         .x = a.x,
+         .x_stride = a.x_stride,
+         .rows = a.rows,
+         .n_rows = a.n_rows,
+         .out = out + c,
+         .out_stride = out_stride,
+         .add = add});
   }
 }
 
@@ -175,6 +189,8 @@ Method choose_method(const CpuContext& ctx, const Weight& w, int64_t n_rows, boo
     const bool fast = ctx.numerics == Numerics::kFast && !exact;
     return fast && n_rows <= ctx.matmul->int8_max_rows ? Method::kInt8 : Method::kPanel;
   }
+  if (w.dtype == DType::kF8E4M3 && ctx.f8_pairs != nullptr && !exact && n_rows <= kDotRows)
+    return Method::kPairs;
   // The router is f32: a batch of texts must not choose other experts than each text alone.
   const int64_t most = w.dtype == DType::kF32 ? kDotRowsF32 : kDotRows;
   return n_rows <= most ? Method::kDot : Method::kPanel;
@@ -226,11 +242,18 @@ void multiply_slice(const CpuContext& ctx, Method method, const Weight& w, int64
     case Method::kInt8:
       multiply_int8(*ctx.matmul, w, index, slice, a, out, out_stride, add);
       break;
+    case Method::kPairs:
+      multiply_rows(ctx.f8_pairs->dot, w, index, slice, a, out, out_stride, add);
+      break;
     case Method::kDot:
-      for (int64_t row = 0; row < a.n_rows; row += kDotRows)
-        multiply_dot(*ctx.matmul, w, index, slice,
-                     sub_rows(a, row, std::min<int64_t>(kDotRows, a.n_rows - row)),
-                     out + row * out_stride, out_stride, add);
+      for (int64_t row = 0; row < a.n_rows; row += kDotRows) {
+        const Activations part = sub_rows(a, row, std::min<int64_t>(kDotRows, a.n_rows - row));
+        float* to = out + row * out_stride;
+        if (const PlainType type = plain_type(w.dtype); type == kPlainTypes)
+          multiply_widened(*ctx.matmul, w, index, slice, part, to, out_stride, add);
+        else
+          multiply_rows(ctx.matmul->plain_dot[type], w, index, slice, part, to, out_stride, add);
+      }
       break;
     case Method::kPanel:
       multiply_panel(ctx, w, index, slice, a, panels, out, out_stride, add);

@@ -15,9 +15,11 @@ namespace fathom::cpu {
 
 // How a product is computed.
 //   kInt8   packed weights times activations in int8 (fast numerics)
+//   kPairs  activations rounded to bf16 times rows of E4M3 as they lie, for very few rows (fast
+//           numerics, where the context has f8_pairs)
 //   kDot    f32 activations times rows of weights as they lie, for very few rows
 //   kPanel  f32 activations times dequantised panels of 256 columns by 16 rows
-enum class Method : uint8_t { kInt8, kDot, kPanel };
+enum class Method : uint8_t { kInt8, kPairs, kDot, kPanel };
 
 Method choose_method(const CpuContext&, const Weight&, int64_t n_rows, bool exact) noexcept;
 // Whether some number of rows in [1, n_rows] is computed with `method`.
@@ -37,7 +39,7 @@ struct Activations {
 Activations sub_rows(const Activations& a, int64_t first, int64_t n) noexcept;
 
 inline constexpr int64_t kDotRowsF32 = 64;  // rows up to which f32 weights take kDot
-inline constexpr int64_t kRowBlock = 128;  // rows of activations per task: what stays in L2
+inline constexpr int64_t kRowBlock = 128;   // rows of activations per task: what stays in L2
 inline constexpr int64_t kPanelCols = 256;
 inline constexpr int64_t kPanelGroups = 4;  // panels that are filled before they are used
 inline constexpr int64_t kPanelFloats = kPanelGroups * kPanelCols * kGroupRows;

@@ -209,6 +209,9 @@ inline I i_dot_pairs(I a, I b) {
 inline B b_load(const void* p) {
   return _mm256_loadu_si256(static_cast<const B*>(p));
 }
+inline B b_zero() {
+  return _mm256_setzero_si256();
+}
 inline void b_store(void* p, B v) {
   _mm256_storeu_si256(static_cast<B*>(p), v);
 }
@@ -249,6 +252,36 @@ inline B b_quad(const int8_t* x) {
   int32_t quad;
   __builtin_memcpy(&quad, x, 4);
   return _mm256_set1_epi32(quad);
+}
+
+// Byte kByte of each lane's four, an E4M3 code, as 2^-120 of its value; NaN becomes a number.
+template <int kByte>
+inline F f_f8_plane(B codes) {
+  const I high = kByte == 3 ? codes : _mm256_slli_epi32(codes, 24 - 8 * kByte);
+  return _mm256_castsi256_ps(_mm256_and_si256(
+      _mm256_srai_epi32(high, 4), _mm256_set1_epi32(static_cast<int32_t>(0x87f00000u))));
+}
+// The larger of `largest` and 2 v, as unsigned bytes.
+inline B b_max_twice(B largest, B v) {
+  return _mm256_max_epu8(largest, _mm256_add_epi8(v, v));
+}
+inline bool b_any_equal(B v, uint8_t value) {
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_set1_epi8(static_cast<int8_t>(value)))) !=
+         0;
+}
+// 32 consecutive floats to the first of each four, the second, and so on.
+inline void f_split_quads(F (&v)[4]) {
+  // Quads l and l + 4 in a vector, then 4 by 4 transposed in each half.
+  const F q0 = _mm256_permute2f128_ps(v[0], v[2], 0x20),
+          q1 = _mm256_permute2f128_ps(v[0], v[2], 0x31);
+  const F q2 = _mm256_permute2f128_ps(v[1], v[3], 0x20),
+          q3 = _mm256_permute2f128_ps(v[1], v[3], 0x31);
+  const F a = _mm256_unpacklo_ps(q0, q1), b = _mm256_unpackhi_ps(q0, q1);
+  const F c = _mm256_unpacklo_ps(q2, q3), d = _mm256_unpackhi_ps(q2, q3);
+  v[0] = _mm256_shuffle_ps(a, c, 0x44);
+  v[1] = _mm256_shuffle_ps(a, c, 0xee);
+  v[2] = _mm256_shuffle_ps(b, d, 0x44);
+  v[3] = _mm256_shuffle_ps(b, d, 0xee);
 }
 
 // Signed codes as the dot product wants them.

@@ -205,6 +205,9 @@ inline I i_dot_pairs(I a, I b) {
 inline B b_load(const void* p) {
   return _mm512_loadu_si512(p);
 }
+inline B b_zero() {
+  return _mm512_setzero_si512();
+}
 inline void b_store(void* p, B v) {
   _mm512_storeu_si512(p, v);
 }
@@ -245,6 +248,39 @@ inline I b_quad(const int8_t* x) {
   int32_t quad;
   __builtin_memcpy(&quad, x, 4);
   return _mm512_set1_epi32(quad);
+}
+
+// Byte kByte of each lane's four, an E4M3 code, as 2^-120 of its value; NaN becomes a number.
+template <int kByte>
+inline F f_f8_plane(B codes) {
+  const I high = kByte == 3 ? codes : _mm512_slli_epi32(codes, 24 - 8 * kByte);
+  return _mm512_castsi512_ps(_mm512_and_si512(
+      _mm512_srai_epi32(high, 4), _mm512_set1_epi32(static_cast<int32_t>(0x87f00000u))));
+}
+// The larger of `largest` and 2 v, as unsigned bytes.
+inline B b_max_twice(B largest, B v) {
+  return _mm512_max_epu8(largest, _mm512_add_epi8(v, v));
+}
+inline bool b_any_equal(B v, uint8_t value) {
+  return _mm512_cmpeq_epi8_mask(v, _mm512_set1_epi8(static_cast<int8_t>(value))) != 0;
+}
+// 64 consecutive floats to the first of each four, the second, and so on.
+inline void f_split_quads(F (&v)[4]) {
+  const F low01 = _mm512_shuffle_f32x4(v[0], v[1], 0x88),
+          low23 = _mm512_shuffle_f32x4(v[2], v[3], 0x88);
+  const F high01 = _mm512_shuffle_f32x4(v[0], v[1], 0xdd),
+          high23 = _mm512_shuffle_f32x4(v[2], v[3], 0xdd);
+  // Quads l, l + 4, l + 8, l + 12 in a vector, then 4 by 4 transposed in each quarter.
+  const F q0 = _mm512_shuffle_f32x4(low01, low23, 0x88),
+          q2 = _mm512_shuffle_f32x4(low01, low23, 0xdd);
+  const F q1 = _mm512_shuffle_f32x4(high01, high23, 0x88),
+          q3 = _mm512_shuffle_f32x4(high01, high23, 0xdd);
+  const F a = _mm512_unpacklo_ps(q0, q1), b = _mm512_unpackhi_ps(q0, q1);
+  const F c = _mm512_unpacklo_ps(q2, q3), d = _mm512_unpackhi_ps(q2, q3);
+  v[0] = _mm512_shuffle_ps(a, c, 0x44);
+  v[1] = _mm512_shuffle_ps(a, c, 0xee);
+  v[2] = _mm512_shuffle_ps(b, d, 0x44);
+  v[3] = _mm512_shuffle_ps(b, d, 0xee);
 }
 
 // dpbusd wants the weights unsigned: w + 128, which the bias takes back.

@@ -81,6 +81,7 @@ TEST_CASE("the features agree with what the system says of the processor") {
   CHECK(f.avx512dq == has("avx512dq"));
   CHECK(f.avx512_vnni == has("avx512_vnni"));
   CHECK(f.avx512_bf16 == has("avx512_bf16"));
+  CHECK(f.avx512_vbmi == has("avx512vbmi"));
   CHECK(f.amx_tile == has("amx_tile"));
   CHECK(f.amx_int8 == has("amx_int8"));
   CHECK(f.amx_bf16 == has("amx_bf16"));

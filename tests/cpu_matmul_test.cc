@@ -18,7 +18,9 @@ std::string describe(const cpu::CpuContext& ctx, const Weight& w, int64_t n_rows
 }
 
 bool rounds(const cpu::CpuContext& ctx, const Weight& w) {
-  return ctx.numerics == Numerics::kFast && (cpu::is_packed(w) || w.dtype == DType::kBF16);
+  return ctx.numerics == Numerics::kFast &&
+         (cpu::is_packed(w) || w.dtype == DType::kBF16 ||
+          (w.dtype == DType::kF8E4M3 && ctx.f8_pairs != nullptr));
 }
 
 // Runs with exactly the promised workspace.
@@ -96,8 +98,8 @@ TEST_CASE("matmul of no rows touches nothing", "[cpu][matmul]") {
 
 TEST_CASE("the number of threads does not change a bit", "[cpu][matmul]") {
   for (const cpu::Isa isa : runnable_isas()) {
-    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kQ4_K, DType::kQ2_K, DType::kQ3_K,
-                              DType::kIQ4_XS, DType::kMXFP4}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF8E4M3, DType::kQ4_K, DType::kQ2_K,
+                              DType::kQ3_K, DType::kIQ4_XS, DType::kMXFP4}) {
       for (const Numerics numerics : {Numerics::kExact, Numerics::kFast}) {
         for (const int64_t n_rows : {1, 33}) {
           std::vector<float> first;
@@ -321,6 +323,110 @@ TEST_CASE("integer products equal the scalar ones on the same codes", "[cpu][mat
   }
 }
 
+namespace {
+
+struct F8Kernel {
+  std::string name;
+  void (*dot)(const cpu::PlainDot&);
+  void (*scalar)(const cpu::PlainDot&);
+};
+
+std::vector<F8Kernel> f8_kernels() {
+  std::vector<F8Kernel> kernels;
+  for (const cpu::Isa isa : runnable_isas()) {
+    const cpu::MatmulKernels& table = cpu::matmul_kernels(isa);
+    kernels.push_back({table.name, table.plain_dot[cpu::kPlainF8],
+                       cpu::matmul_kernels(cpu::Isa::kScalar).plain_dot[cpu::kPlainF8]});
+    if (const cpu::F8PairKernels* pairs = cpu::f8_pair_kernels(isa, Numerics::kFast))
+      kernels.push_back({pairs->name, pairs->dot, cpu::f8_pair_kernels_scalar().dot});
+  }
+  return kernels;
+}
+
+}  // namespace
+
+TEST_CASE("E4M3 rows equal the scalar ones, in any company", "[cpu][matmul]") {
+  constexpr int64_t kOutputs = 5, kRows = 6;
+  for (const F8Kernel& kernel : f8_kernels()) {
+    for (const int64_t n : {1, 31, 32, 63, 64, 65, 128, 200, 2048, 2050, 4096, 4230}) {
+      Rng rng(22);
+      const int64_t stride = n + 3;
+      std::vector<uint8_t> codes(static_cast<size_t>(kOutputs * stride));
+      for (uint8_t& code : codes) {  // every code but NaN, subnormals and zeros among them
+        code = static_cast<uint8_t>(rng());
+        if ((code & 0x7f) == 0x7f) code &= 0x87;
+      }
+      const std::vector<float> x = random_values(rng, kRows * stride);
+      std::vector<float> scales(static_cast<size_t>((n + 127) / 128));
+      for (float& scale : scales) scale = 0.001f + 0.01f * static_cast<float>(rng() % 100);
+      const std::vector<int32_t> order = {5, 0, 2, 2};
+      for (const bool chosen : {false, true}) {
+        cpu::PlainDot p{.weights = codes.data(),
+                        .weight_bytes = stride,
+                        .n_outputs = kOutputs,
+                        .n = n,
+                        .scales = chosen ? scales.data() : nullptr,
+                        .x = x.data(),
+                        .x_stride = stride,
+                        .rows = chosen ? order.data() : nullptr,
+                        .n_rows = 4,
+                        .out = nullptr,
+                        .out_stride = kOutputs,
+                        .add = chosen};
+        std::vector<float> want(4 * kOutputs, 1.0f), got(4 * kOutputs, 1.0f);
+        p.out = want.data();
+        kernel.scalar(p);
+        p.out = got.data();
+        kernel.dot(p);
+        Expected expected;
+        for (size_t i = 0; i < want.size(); ++i)
+          expected.add(want[i], 1e-4 * std::sqrt(static_cast<double>(n)));
+        expected.check(got, kernel.name + " " + std::to_string(n));
+        for (int64_t few = 1; few < 4; ++few) {
+          std::vector<float> alone(static_cast<size_t>(few * kOutputs), 1.0f);
+          p.n_rows = few;
+          p.out = alone.data();
+          kernel.dot(p);
+          INFO(kernel.name << " " << few << " rows of " << n);
+          CHECK(std::equal(alone.begin(), alone.end(), got.begin()));
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("E4M3 rows keep NaN, and large and small activations", "[cpu][matmul]") {
+  for (const F8Kernel& kernel : f8_kernels()) {
+    for (const int64_t n : {40, 256}) {
+      for (const float size : {1.0f, 1e-15f, 1e15f, 1e30f}) {
+        std::vector<uint8_t> codes(static_cast<size_t>(3 * n), uint8_t{0x38});  // 1
+        codes[static_cast<size_t>(n - 1)] = 0xff;
+        codes[static_cast<size_t>(2 * n - 1)] = 0x01;  // 2^-9
+        codes[static_cast<size_t>(2 * n)] = 0xfe;      // -448
+        const std::vector<float> x(static_cast<size_t>(n), size);
+        std::vector<float> out(3);
+        kernel.dot({.weights = codes.data(),
+                    .weight_bytes = n,
+                    .n_outputs = 3,
+                    .n = n,
+                    .scales = nullptr,
+                    .x = x.data(),
+                    .x_stride = n,
+                    .rows = nullptr,
+                    .n_rows = 1,
+                    .out = out.data(),
+                    .out_stride = 3,
+                    .add = false});
+        INFO(kernel.name << " " << n << " " << size);
+        const auto count = static_cast<float>(n - 1);
+        CHECK(std::isnan(out[0]));
+        CHECK(out[1] == Approx((count + 0x1p-9f) * size).epsilon(0.005));
+        CHECK(out[2] == Approx((count - 448) * size).epsilon(0.005));
+      }
+    }
+  }
+}
+
 TEST_CASE("NaN and infinity stay visible in fast numerics", "[cpu][matmul]") {
   for (const cpu::Isa isa : runnable_isas()) {
     const TestContext test = make_context(isa, Numerics::kFast);
@@ -404,7 +510,7 @@ TEST_CASE("the table that was asked for runs, by the method that was chosen", "[
     run(Numerics::kExact, DType::kQ4_K, 1);
     CHECK((int8_calls == 0 && panel_calls == 1 && dot_calls == 0));
     run(Numerics::kFast, DType::kBF16, 1);
-    CHECK((int8_calls == 0 && panel_calls == 0 && dot_calls == 16));
+    CHECK((int8_calls == 0 && panel_calls == 0 && dot_calls == 1));
     run(Numerics::kFast, DType::kBF16, 20);
     CHECK((int8_calls == 0 && panel_calls > 0 && dot_calls == 0));
     run(Numerics::kFast, DType::kQ4_K, 200);

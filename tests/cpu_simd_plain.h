@@ -2,9 +2,11 @@
 // kernels, those for AMX among them, are tested on machines that lack the instructions.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 
 #include "cpu/matmul_kernels.h"
 #include "cpu/simd_scales.h"
@@ -166,6 +168,31 @@ B b_load(const void* p) {
 }
 void b_store(void* p, B v) {
   std::memcpy(p, v.v, sizeof v.v);
+}
+B b_zero() {
+  return b_each([](int) { return 0; });
+}
+template <int kByte>
+F f_f8_plane(B codes) {
+  return f_each([&](int i) {
+    const uint32_t code = codes.v[4 * i + kByte];
+    const uint32_t bits = (code & 0x80) << 24 | (code & 0x7f) << 20;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  });
+}
+B b_max_twice(B largest, B v) {
+  return b_each([&](int i) { return std::max<int>(largest.v[i], 2 * v.v[i] & 0xff); });
+}
+bool b_any_equal(B v, uint8_t value) {
+  return std::find(std::begin(v.v), std::end(v.v), value) != std::end(v.v);
+}
+void f_split_quads(F (&v)[4]) {
+  F from[4];
+  std::copy_n(v, 4, from);
+  for (int j = 0; j < 4; ++j)
+    v[j] = f_each([&](int i) { return from[(4 * i + j) / kLanes].v[(4 * i + j) % kLanes]; });
 }
 B b_low4(B v) {
   return b_each([&](int i) { return v.v[i] & 15; });

@@ -186,7 +186,8 @@ inline TestWeight random_weight(Rng& rng, DType dtype, int64_t rows, int64_t col
   }
   const int64_t row_blocks = (rows + 127) / 128, col_blocks = (cols + 127) / 128;
   for (int64_t m = 0; m < count; ++m) {
-    REQUIRE(cpu::store_rows(store_threads(), t.weight, m, 0, rows, t.file.data() + m * rows * row_bytes(dtype, cols))
+    REQUIRE(cpu::store_rows(store_threads(), t.weight, m, 0, rows,
+                            t.file.data() + m * rows * row_bytes(dtype, cols))
                 .ok());
     if (!block_scaled) continue;
     for (int64_t i = 0; i < row_blocks * col_blocks; ++i)
@@ -238,6 +239,7 @@ inline TestContext make_context(cpu::Isa isa, Numerics numerics, int n_threads =
   t.ctx.isa = isa;
   t.ctx.numerics = numerics;
   t.ctx.matmul = &cpu::matmul_kernels(isa);
+  t.ctx.f8_pairs = cpu::f8_pair_kernels(isa, numerics);
   return t;
 }
 

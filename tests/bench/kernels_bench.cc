@@ -65,7 +65,8 @@ cpu::CpuContext context(cpu::ThreadPool& pool, cpu::Isa isa) {
           .isa = isa,
           .numerics = Numerics::kFast,
           .matmul = &cpu::matmul_kernels(isa),
-          .rows = nullptr};
+          .rows = nullptr,
+          .f8_pairs = cpu::f8_pair_kernels(isa, Numerics::kFast)};
 }
 
 void read_loop(benchmark::State& state, int n_threads) {
