@@ -614,49 +614,51 @@ TEST_CASE("rows that a card cannot hold are attended on the host or streamed, as
   }
 }
 
-// Coder-V2 236B at 160 K tokens: attention on one of two cards, experts on the host, rows of the
-// cache on one card, or on both, one after the other and side by side.
-TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simulation]") {
+// Coder-V2 236B: attention on one of two cards, experts on the host.  A step at the end of a text, with
+// rows of the cache where `rows` says.
+struct StepSeconds {
+  double step, home, guest;
+};
+StepSeconds step_seconds(int64_t n_tokens, const char* rows, int64_t section_rows) {
   auto machine = MachineDescription::parse(
       R"({"devices": [{"name": "cpu", "bytes": "256G", "like": "ddr5-8ch"},
                       {"name": "cuda:0", "kind": "cuda", "like": "rtx-4090"},
                       {"name": "cuda:1", "kind": "cuda", "like": "rtx-4090"}]})");
   REQUIRE(machine.ok());
-  struct Seconds {
-    double step, home, guest;
-  };
-  const auto step_seconds = [&](const char* rows, int64_t section_rows) {
-    const Config config = test::config_of({{"weights.type", "q4_k"},
-                                           {"context.max", "163840"},
-                                           {"prefill.chunk", "4096"},
-                                           {"experts.cache", "0"},
-                                           {"placement.layers", "cuda:0=*"},
-                                           {"placement.experts", "cpu=*"},
-                                           {"placement.embed", "cpu"},
-                                           {"placement.head", "cuda:0"},
-                                           {"placement.kv", rows}});
-    auto engine = Engine::simulate(*machine, config);
-    REQUIRE(engine.ok());
-    auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2.json");
-    REQUIRE(plan.ok());
-    INFO(plan->describe());
-    REQUIRE(plan->feasible);
-    auto model = Model::load(*engine, *plan);
-    REQUIRE(model.ok());
-    Session session = test::new_session(*model);
-    session.state().section_rows = section_rows;
-    test::require_ok(session.prefill(some_tokens(163830, model->config().vocab_size)));
-    const Seconds before{engine->seconds(), engine->busy_seconds(1), engine->busy_seconds(2)};
-    test::require_ok(session.step(1));
-    const Seconds s{engine->seconds() - before.step, engine->busy_seconds(1) - before.home,
-                    engine->busy_seconds(2) - before.guest};
-    if (section_rows == nn::kSectionRows)
-      CHECK(s.step == Approx(1 / plan->speed.decode_last).epsilon(0.01));
-    return s;
-  };
-  const Seconds alone = step_seconds("home=*", nn::kSectionRows);
-  const Seconds after = step_seconds("home=98304,cuda:1=*", int64_t{1} << 30);
-  const Seconds beside = step_seconds("home=98304,cuda:1=*", nn::kSectionRows);
+  const Config config = test::config_of({{"weights.type", "q4_k"},
+                                         {"context.max", std::to_string(n_tokens)},
+                                         {"prefill.chunk", "4096"},
+                                         {"experts.cache", "0"},
+                                         {"placement.layers", "cuda:0=*"},
+                                         {"placement.experts", "cpu=*"},
+                                         {"placement.embed", "cpu"},
+                                         {"placement.head", "cuda:0"},
+                                         {"placement.kv", rows}});
+  auto engine = Engine::simulate(*machine, config);
+  REQUIRE(engine.ok());
+  auto plan = engine->plan(std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/v2.json");
+  REQUIRE(plan.ok());
+  INFO(plan->describe());
+  REQUIRE(plan->feasible);
+  auto model = Model::load(*engine, *plan);
+  REQUIRE(model.ok());
+  Session session = test::new_session(*model);
+  session.state().section_rows = section_rows;
+  test::require_ok(session.prefill(some_tokens(n_tokens - 10, model->config().vocab_size)));
+  const StepSeconds before{engine->seconds(), engine->busy_seconds(1), engine->busy_seconds(2)};
+  test::require_ok(session.step(1));
+  const StepSeconds s{engine->seconds() - before.step, engine->busy_seconds(1) - before.home,
+                      engine->busy_seconds(2) - before.guest};
+  if (section_rows == nn::kSectionRows)
+    CHECK(s.step == Approx(1 / plan->speed.decode_last).epsilon(0.01));
+  return s;
+}
+
+// At 160 K tokens: rows on one card, or on both, one after the other and side by side.
+TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simulation]") {
+  const StepSeconds alone = step_seconds(163840, "home=*", nn::kSectionRows);
+  const StepSeconds after = step_seconds(163840, "home=98304,cuda:1=*", int64_t{1} << 30);
+  const StepSeconds beside = step_seconds(163840, "home=98304,cuda:1=*", nn::kSectionRows);
   INFO("a step with all rows at home " << alone.step * 1e3 << " ms; one after the other "
                                        << after.step * 1e3 << " ms; side by side "
                                        << beside.step * 1e3 << " ms, of which the guest works "
@@ -665,6 +667,32 @@ TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simul
   CHECK(beside.guest > 5e-3);
   CHECK(beside.step < after.step - 0.5 * beside.guest);
   CHECK(beside.step < alone.step - 0.3 * beside.guest);
+}
+
+// What the length of a section is: shorter ones let a holder of few rows begin earlier, and cost every
+// long text operations on its own card.
+TEST_CASE("shorter sections cost one card more than they bring two", "[kv_spread][simulation]") {
+  std::string table;
+  double alone_long[2], beside_long[2];
+  for (const auto& [n_tokens, rows] :
+       {std::pair<int64_t, const char*>{40960, "home=24576,cuda:1=*"},
+        std::pair<int64_t, const char*>{163840, "home=98304,cuda:1=*"}})
+    for (const int64_t section_rows : {nn::kSectionRows, int64_t{8192}, int64_t{2048}}) {
+      const StepSeconds alone = step_seconds(n_tokens, "home=*", section_rows);
+      const StepSeconds beside = step_seconds(n_tokens, rows, section_rows);
+      table += std::to_string(n_tokens) + " tokens, sections of " + std::to_string(section_rows) +
+               ": all rows at home " + std::to_string(alone.step * 1e3) + " ms, on two cards " +
+               std::to_string(beside.step * 1e3) + " ms\n";
+      if (n_tokens == 163840 && section_rows >= 8192) {
+        alone_long[section_rows == 8192] = alone.step;
+        beside_long[section_rows == 8192] = beside.step;
+      }
+    }
+  INFO(table);
+  // At the length at which rows have to be on two cards shorter sections win nothing there, and lose
+  // on one.
+  CHECK(alone_long[1] > 1.005 * alone_long[0]);
+  CHECK(beside_long[1] > 0.99 * beside_long[0]);
 }
 
 }  // namespace

@@ -115,6 +115,11 @@ struct Config {
   // prefill.chunk: tokens per prefill pass; activations and workspace grow with it.  auto: 512, or
   // less when the budget asks for it.  [1, 8192]
   std::optional<int64_t> prefill_chunk;
+  // prefill.in_flight: chunks of one prompt under way at once where routed experts live on other
+  // devices than their layers, so that these devices work at the same time.  Each takes hidden rows
+  // of a chunk on every device, beyond what one needs.  auto: 3 where the plan finds room and the
+  // prediction says that it pays, else 1.  [1, 4]
+  std::optional<int64_t> prefill_in_flight;
   // attention.form: absorbed or expanded.  auto: expanded for chunks above the crossover.
   std::optional<AttentionForm> attention_form;
 

@@ -41,6 +41,18 @@ Status transfer(Backend& from, const void* source, Backend& to, void* target, in
   return to.upload(target, staging, bytes);
 }
 
+Status send_rows(const Step& s, const Stage& guest, std::byte* staging) noexcept {
+  const Scratch& from = s.scratch;
+  const Scratch& to = guest.scratch;
+  const int64_t n = s.n_tokens, choices = n * s.config.num_experts_per_tok * 4;
+  const auto copy = [&](const void* source, void* target, int64_t bytes) {
+    return transfer(s.device, source, *guest.device, target, bytes, staging);
+  };
+  FATHOM_TRY(copy(from.x_norm, to.x_norm, n * s.config.hidden_size * 4));
+  FATHOM_TRY(copy(from.expert_ids, to.expert_ids, choices));
+  return copy(from.expert_weights, to.expert_weights, choices);
+}
+
 namespace {
 
 // What a pass has chosen, in host memory.
@@ -57,10 +69,11 @@ struct Choices {
   }
 };
 
-// Tells `copies` what was chosen and, for a pass short enough, looks what of it they have.
-Status look_up(const Step& s, size_t layer, ExpertCopies& copies, Choices& choices) noexcept {
+// Tells `copies` what was chosen and, where it `looks`, finds what of it they have: then it is no
+// longer than Choices.
+Status look_up(const Step& s, size_t layer, ExpertCopies& copies, bool looks,
+               Choices& choices) noexcept {
   const int64_t n_pairs = s.n_tokens * s.config.num_experts_per_tok;
-  const bool looks = n_pairs <= kCopyPairs;
   for (int64_t first = 0; first < n_pairs; first += kCopyPairs) {
     const int64_t n = std::min(kCopyPairs, n_pairs - first);
     FATHOM_TRY(s.device.download(choices.ids.data(), s.scratch.expert_ids + first,
@@ -93,19 +106,6 @@ void keep_rows(const Step& s, const ExpertWeights& experts, const int32_t* ids) 
                           .first_expert = experts.first,
                           .n_experts = s.config.n_routed_experts,
                           .rows = b.expert_rows});
-}
-
-// The hidden rows of a pass and the experts chosen for them, from the layer's device to another.
-Status send_rows(const Step& s, const Stage& guest, std::byte* staging) noexcept {
-  const Scratch& from = s.scratch;
-  const Scratch& to = guest.scratch;
-  const int64_t n = s.n_tokens, choices = n * s.config.num_experts_per_tok * 4;
-  const auto copy = [&](const void* source, void* target, int64_t bytes) {
-    return transfer(s.device, source, *guest.device, target, bytes, staging);
-  };
-  FATHOM_TRY(copy(from.x_norm, to.x_norm, n * s.config.hidden_size * 4));
-  FATHOM_TRY(copy(from.expert_ids, to.expert_ids, choices));
-  return copy(from.expert_weights, to.expert_weights, choices);
 }
 
 // Rows of the pairs that `device` has computed, from there home; neighbours in one copy.
@@ -187,6 +187,12 @@ Status add_from_rows(const Step& s, const LayerWeights& w, const LayerPlacement&
 
 }  // namespace
 
+Status tell_choices(const Step& s, size_t layer, ExpertCopies& copies) noexcept {
+  if (copies.copies(layer) == nullptr) return {};
+  Choices choices;
+  return look_up(s, layer, copies, /*looks=*/false, choices);
+}
+
 Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
                           const LayerPlacement& placement, std::span<const Stage> stages,
                           std::byte* staging, ExpertCopies* copies) noexcept {
@@ -200,7 +206,8 @@ Status feed_forward_apart(const Step& s, const LayerWeights& w, size_t layer,
   FATHOM_TRY(s.device.sync(s.op));
   if (const ExpertWeights* kept = copies != nullptr ? copies->copies(layer) : nullptr) {
     Choices choices;
-    FATHOM_TRY(look_up(s, layer, *copies, choices));
+    const bool looks = s.n_tokens * s.config.num_experts_per_tok <= kCopyPairs;
+    FATHOM_TRY(look_up(s, layer, *copies, looks, choices));
     if (choices.n_found > 0) return add_from_rows(s, w, placement, stages, staging, *kept, choices);
   }
   // The own network runs while other devices work and sums travel.  Behind the sending of the rows,

@@ -5,9 +5,8 @@
 #include "transfer.h"
 
 namespace fathom::nn {
-namespace {
 
-Step step_of(const ForwardParams& p, const Stage& stage) {
+Step step_of(const ForwardParams& p, const Stage& stage) noexcept {
   return {.device = *stage.device,
           .op = stage.op,
           .config = p.config,
@@ -21,6 +20,13 @@ Step step_of(const ForwardParams& p, const Stage& stage) {
           .section_rows = p.section_rows};
 }
 
+bool experts_apart(const LayerPlacement& layer) noexcept {
+  return std::any_of(layer.experts.begin(), layer.experts.end(),
+                     [&](const ExpertSpan& span) { return span.device != layer.device; });
+}
+
+namespace {
+
 // Hands rows of the residual stream to another device.
 Status hand_over(const ForwardParams& p, const Stage& from, int64_t first_row, const Stage& to,
                  int64_t n_rows) {
@@ -33,11 +39,6 @@ Status hand_over(const ForwardParams& p, const Stage& from, int64_t first_row, c
 
 const Stage& stage_of(const ForwardParams& p, int device) {
   return p.stages[static_cast<size_t>(device)];
-}
-
-bool experts_apart(const LayerPlacement& layer) {
-  return std::any_of(layer.experts.begin(), layer.experts.end(),
-                     [&](const ExpertSpan& span) { return span.device != layer.device; });
 }
 
 Status trace_point(const ForwardParams& p, const Stage& stage, std::string_view name, int64_t layer,
@@ -61,6 +62,37 @@ Status trace_layer(const ForwardParams& p, const Stage& stage, int64_t layer) {
 
 }  // namespace
 
+void queue_embedding(const ForwardParams& p) noexcept {
+  const Stage& at = stage_of(p, p.placement.embed_device);
+  at.device->embed(at.op, {p.tokens.data(), static_cast<int64_t>(p.tokens.size()),
+                           &p.weights.embed, at.scratch.x});
+}
+
+Status queue_attention(const ForwardParams& p, size_t layer) {
+  const ModelConfig& c = p.config;
+  const LayerPlacement& place = p.placement.layers[layer];
+  const Stage& stage = stage_of(p, place.device);
+  if (p.cancelled && p.cancelled(p.cancelled_arg)) {
+    FATHOM_TRY(stage.device->sync(stage.op));
+    return Status(Code::kCancelled, "cancelled");
+  }
+  if (place.slot == 0)  // the device's first layer: the rotations for all of them
+    for (const Sequence& sequence : p.sequences)
+      stage.device->rope_table(
+          stage.op, {.inv_freq = p.rope.inv_freq.data(),
+                     .multiplier = p.rope.multiplier,
+                     .rope_dim = c.qk_rope_head_dim,
+                     .first_position = sequence.first_position,
+                     .n_tokens = sequence.n_tokens,
+                     .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
+  Status attended =
+      mla_attention(step_of(p, stage), p.weights.layers[layer], {place.device, place.slot});
+  for (const Sequence& sequence : p.sequences)
+    if (attended.ok()) attended = sequence.cache->status();
+  if (!attended.ok()) FATHOM_TRY(stage.device->sync(stage.op));
+  return attended;
+}
+
 Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_layer) {
   const ModelConfig& c = p.config;
   const auto n = static_cast<int64_t>(p.tokens.size());
@@ -68,8 +100,8 @@ Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_lay
   const Stage& stage = stage_of(p, device);
   int at = first_layer > 0 ? p.placement.layers[first_layer - 1].device : p.placement.embed_device;
   if (first_layer == 0) {
+    queue_embedding(p);
     const Stage& embed = stage_of(p, at);
-    embed.device->embed(embed.op, {p.tokens.data(), n, &p.weights.embed, embed.scratch.x});
     if (p.trace) FATHOM_TRY(trace_point(p, embed, "embed", -1, embed.scratch.x, c.hidden_size));
   }
   if (at != device) FATHOM_TRY(hand_over(p, stage_of(p, at), 0, stage, n));
@@ -77,27 +109,8 @@ Status forward_layers(const ForwardParams& p, size_t first_layer, size_t end_lay
   for (size_t l = first_layer; l < end_layer; ++l) {
     const LayerPlacement& place = p.placement.layers[l];
     const LayerWeights& w = p.weights.layers[l];
-    if (p.cancelled && p.cancelled(p.cancelled_arg)) {
-      FATHOM_TRY(stage.device->sync(stage.op));
-      return Status(Code::kCancelled, "cancelled");
-    }
-    if (place.slot == 0)  // the device's first layer: the rotations for all of them
-      for (const Sequence& sequence : p.sequences)
-        stage.device->rope_table(
-            stage.op, {.inv_freq = p.rope.inv_freq.data(),
-                       .multiplier = p.rope.multiplier,
-                       .rope_dim = c.qk_rope_head_dim,
-                       .first_position = sequence.first_position,
-                       .n_tokens = sequence.n_tokens,
-                       .cos_sin = stage.scratch.cos_sin + sequence.first_row * c.qk_rope_head_dim});
+    FATHOM_TRY(queue_attention(p, l));
     const Step step = step_of(p, stage);
-    Status attended = mla_attention(step, w, {device, place.slot});
-    for (const Sequence& sequence : p.sequences)
-      if (attended.ok()) attended = sequence.cache->status();
-    if (!attended.ok()) {
-      FATHOM_TRY(stage.device->sync(stage.op));
-      return attended;
-    }
     if (experts_apart(place))
       FATHOM_TRY(feed_forward_apart(step, w, l, place, p.stages, p.staging, p.copies));
     else

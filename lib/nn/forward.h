@@ -43,6 +43,15 @@ Status forward(const ForwardParams& params, PassEnd end = PassEnd::kWait);
 Status forward_layers(const ForwardParams& params, size_t first_layer, size_t end_layer);
 size_t run_end(const Placement& placement, size_t first_layer) noexcept;
 
+// What a layer begins with, for those who go on in another way (pass_steps.cc): the rows of the
+// tokens on the embedding's device; and attention of a layer, on its device.  Errors: as above.
+void queue_embedding(const ForwardParams& params) noexcept;
+Status queue_attention(const ForwardParams& params, size_t layer);
+// Whether some of a layer's routed experts live on other devices than the layer.
+bool experts_apart(const LayerPlacement& layer) noexcept;
+// The pass on one device.
+Step step_of(const ForwardParams& params, const Stage& stage) noexcept;
+
 // After forward(): logits of rows [first_row, first_row + n_rows) of the pass, n_rows <=
 // kLogitRows, into scratch.logits of the head's device, and to `host_logits` where it is not null.
 // Errors: kDevice.

@@ -1,6 +1,7 @@
 // The layer functions and the buffers they share.  forward.cc strings them together.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 
@@ -23,6 +24,8 @@ inline constexpr int64_t kAbsorbedRows = 32;
 // of one.
 inline constexpr int64_t kSectionRows = 32768;
 static_assert(kSectionRows % kKvSplitRows == 0);
+// Passes that may be under way at once in buffers of one session (pass_steps.h).
+inline constexpr int64_t kMostInFlight = 4;
 // Longer passes do without copies of experts: they read nearly all of them wherever they are.
 inline constexpr int64_t kCopyPairs = 256;
 // Rows of logits computed at a time when all positions are wanted.
@@ -75,6 +78,12 @@ struct Scratch {
 
   static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens,
                        const DeviceRoles& roles = DeviceRoles::all());
+  // For `n` in [1, kMostInFlight] passes that take turns on the device: each has its own of what it
+  // needs after its turn - x, x_norm, cos_sin, expert_ids, expert_weights, routed -, the rest is that
+  // of the first.
+  using InFlight = std::array<Scratch, kMostInFlight>;
+  static InFlight carve_in_flight(Arena& arena, const ModelConfig& config, int64_t n_tokens,
+                                  const DeviceRoles& roles, int64_t n);
 };
 
 // A device's part of a pass.
@@ -235,6 +244,10 @@ class ExpertCopies {
 Status feed_forward_apart(const Step& step, const LayerWeights& weights, size_t layer,
                           const LayerPlacement& placement, std::span<const Stage> stages,
                           std::byte* staging, ExpertCopies* copies = nullptr) noexcept;
+
+// Tells the copies what a pass that does without them has chosen; its device has been waited for.
+// Errors: kDevice.
+Status tell_choices(const Step& step, size_t layer, ExpertCopies& copies) noexcept;
 
 // scratch.logits[i, :] = head . norm(x[first_row + i, :]) for n_rows <= kLogitRows rows.
 void logits(const Step& step, const Weights& weights, int64_t first_row, int64_t n_rows) noexcept;

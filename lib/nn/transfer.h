@@ -8,6 +8,7 @@
 #include "fathom/backend.hpp"
 #include "fathom/model_config.hpp"
 #include "fathom/placement.hpp"
+#include "layers.h"
 
 namespace fathom::nn {
 
@@ -21,5 +22,9 @@ int64_t staging_bytes(const Placement& placement, std::span<const Backend* const
 // `staging` holds as many bytes when neither is readable by the host; else it is not used.
 Status transfer(Backend& from, const void* source, Backend& to, void* target, int64_t bytes,
                 std::byte* staging) noexcept;
+
+// The hidden rows of a pass (x_norm) and the experts chosen for them, from the layer's device to
+// another one that has some of them.  Errors: kDevice.
+Status send_rows(const Step& step, const Stage& guest, std::byte* staging) noexcept;
 
 }  // namespace fathom::nn

@@ -346,6 +346,14 @@ constexpr Setting kSettings[] = {
          .max = 8192,
          .memory = "activations and workspace grow with it; the context does not matter",
          .text = "Tokens per pass of prefill; auto: 512, or fewer when the budget asks for it."}),
+    row<&Config::prefill_in_flight>(
+        {.key = "prefill.in_flight",
+         .unit = "chunks",
+         .min = 1,
+         .max = 4,
+         .memory = "hidden rows of a chunk on every device, for each",
+         .text = "Chunks of a prompt under way at once where routed experts live on other devices "
+                 "than their layers; auto: 3 where it pays and there is room, else 1."}),
     row<&Config::attention_form>(
         {.key = "attention.form",
          .choices = kAttentionForms,

@@ -8,6 +8,7 @@
 
 #include "../nn/forward.h"
 #include "cost_model.h"
+#include "pipeline.h"
 #include "planner.h"
 
 namespace fathom::run {
@@ -15,6 +16,10 @@ namespace {
 
 // A usual text, for the goal `mix`.
 constexpr int64_t kMixRead = 2048, kMixWritten = 512;
+// Of a pass's time, what lies between two that take turns: steps are of unlike length and copies add
+// up.  0.6 with experts on a host, 0.8 where layers go back and forth between two cards
+// (run_in_flight_test, run_placement_test).
+constexpr double kInTurns = 0.8;
 // Chunks of a prompt that follow each other through the devices, for the goal `prefill`.
 constexpr int64_t kChunksInFlight = 8;
 
@@ -73,6 +78,8 @@ class Builder {
       pass.weight = weight;
       pass.in_flight = in_flight;
       pass.one_session = n_tokens > 1;
+      if (chunks_may_overlap(in_.plan))
+        pass.in_turns = in_.plan.config.prefill_in_flight == 1 ? 1 : kInTurns;
       pass.own.assign(n_layers, std::vector<double>(n));
       pass.network = pass.experts = pass.own;
       pass.embed.resize(n);

@@ -100,7 +100,9 @@ PlacementCost Descent::cost(const PlacementState& s) const {
     }
     latency += pass.hand_over[at][head];
     const double slowest = *std::max_element(busy.begin(), busy.end());
-    const double next = pass.one_session && !separate(s) ? latency : slowest;
+    const double next = pass.one_session && !separate(s)
+                            ? std::max(slowest, latency * pass.in_turns)
+                            : slowest;
     out.makespan += pass.weight * (latency + static_cast<double>(pass.in_flight - 1) * next);
     if (&pass == &p_.passes.front()) {
       out.busy = std::move(busy);

@@ -30,9 +30,12 @@ namespace fathom::run {
 struct SolverPass {
   double weight = 1;     // passes of this kind that count
   int64_t in_flight = 1; // S
-  // The passes are of one session, whose buffers on a device hold one pass: they overlap only where
-  // every device has its layers in one run and their experts with them (session_pipeline.cc).
+  // The passes are of one session, whose buffers on a device hold one pass: they follow each other
+  // where every device has its layers in one run and their experts with them.  Elsewhere they take
+  // turns (pipeline.h), and this share of a pass's time lies between two of them, if no device needs
+  // more.
   bool one_session = false;
+  double in_turns = 1;
   std::vector<std::vector<double>> own;      // [layer][device] attention, router
   std::vector<std::vector<double>> network;  // [layer][device] dense network or shared experts
   std::vector<std::vector<double>> experts;  // [layer][device] all routed experts of the layer

@@ -42,6 +42,10 @@ std::string note(const Plan& plan, const PlanDevice& device, Purpose purpose) {
     case Purpose::kExperts:
       return fmt::format("{} experts", grouped(device.n_experts));
     case Purpose::kActivations:
+      if (plan.prefill_in_flight > 1)
+        return fmt::format("prefill chunk {}, {} in flight", plan.prefill_chunk,
+                           plan.prefill_in_flight);
+      [[fallthrough]];
     case Purpose::kWorkspace:
       return fmt::format("prefill chunk {}", plan.prefill_chunk);
     case Purpose::kStaging:
@@ -131,6 +135,7 @@ std::string Plan::to_json() const {
   add("by_ladder", by_ladder ? "true" : "false");
   add("max_context_resident", fmt::format("{}", max_context_resident));
   add("prefill_chunk", fmt::format("{}", prefill_chunk));
+  add("prefill_in_flight", fmt::format("{}", prefill_in_flight));
   add("attention_form",
       attention_form == AttentionForm::kExpanded ? "\"expanded\"" : "\"absorbed\"");
   add("kv_type", run::json_quote(kv_type_name(kv_type)));

@@ -35,7 +35,7 @@ struct SessionScratch {
 // Buffers of one session on one device: those of the pass, and on the host a place for logits that
 // the head's device keeps where the host cannot read them.
 struct SessionBuffers {
-  nn::Scratch scratch{};
+  nn::Scratch::InFlight scratch{};  // of the plan's prefill_in_flight passes
   float* host_logits = nullptr;  // [min(chunk, kLogitRows), vocab_size], or null
 };
 SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device, const Plan& plan,
@@ -96,6 +96,8 @@ class Planner {
   // The longest context, at most `limit`, with a chunk that leaves room for it.
   int64_t choose_chunk(Plan& plan, const nn::WeightMap& map, int64_t limit, int64_t wanted,
                        int64_t shortest) const;
+  // Chunks under way at once, and how long they are, where experts live on other devices.
+  void choose_in_flight(Plan& plan, const nn::WeightMap& map) const;
   void set_cache(Plan& plan, int64_t n_tokens) const;
   void set_copies(Plan& plan, const nn::WeightMap& map) const;
   int64_t host_limit(const Plan& plan) const;

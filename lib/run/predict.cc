@@ -6,6 +6,7 @@
 #include "../nn/transfer.h"
 #include "kv_pages.h"
 #include "kv_parts.h"
+#include "pipeline.h"
 #include "simulated_backend.h"
 
 namespace fathom::run {
@@ -161,21 +162,26 @@ class NoCopies final : public nn::ExpertCopies {
   const nn::Weights& weights_;
 };
 
-struct Pass {
+// `count` passes of n_tokens tokens, one behind the other.
+struct Passage {
   int64_t n_tokens, first_position;
   AttentionForm form;
+  int64_t count = 1;
+  ChunkFlow flow = ChunkFlow::kOneByOne;
+  int64_t in_flight = 1;  // of those that take turns
 };
 
 struct PassSeconds {
-  double total = 0;          // from the first operation to the logits
-  std::vector<double> busy;  // by device
+  double total = 0;          // of a pass: to the logits, or to the next pass where several follow
+  std::vector<double> busy;  // by device, of one pass
 };
 
-PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const nn::Rope& rope,
-                     const nn::Weights& weights, const Pass& pass) {
+PassSeconds run_passes(const Plan& plan, const MachineDescription& machine, const nn::Rope& rope,
+                       const nn::Weights& weights, const Passage& passage) {
   auto clocks = std::make_shared<SimulatedMachine>(machine);
   std::vector<std::unique_ptr<SimulatedBackend>> devices;
-  std::vector<nn::Stage> stages;
+  const auto in_flight = static_cast<size_t>(std::min(passage.in_flight, passage.count));
+  std::vector<std::vector<nn::Stage>> stages(in_flight);  // by pass under way
   std::byte* staging = nullptr;
   float* host_logits = nullptr;
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d) {
@@ -186,40 +192,82 @@ PassSeconds run_pass(const Plan& plan, const MachineDescription& machine, const 
     auto* base = reinterpret_cast<void*>(static_cast<uintptr_t>((d + 1) * kAddresses));
     clocks->add_range(base, kAddresses, d);
     Arena arena(base, kAddresses);
-    stages.push_back({.device = devices.back().get(),
-                      .op = {},
-                      .scratch = nn::Scratch::carve(arena, plan.model,
-                                                    std::max(pass.n_tokens, plan.prefill_chunk),
-                                                    nn::DeviceRoles::of(plan.placement, d))});
+    const nn::Scratch::InFlight scratch = nn::Scratch::carve_in_flight(
+        arena, plan.model, std::max(passage.n_tokens, plan.prefill_chunk),
+        nn::DeviceRoles::of(plan.placement, d), static_cast<int64_t>(in_flight));
+    for (size_t i = 0; i < in_flight; ++i)
+      stages[i].push_back({.device = devices.back().get(), .op = {}, .scratch = scratch[i]});
     if (d == std::max(machine.host(), 0)) {
       staging = static_cast<std::byte*>(base) + kAddresses / 2;
       host_logits = reinterpret_cast<float*>(staging + kAddresses / 4);
     }
   }
-  const std::vector<int32_t> tokens(static_cast<size_t>(pass.n_tokens));
-  const PredictedRows rows(plan, pass.first_position + pass.n_tokens, stages, *clocks, staging);
-  const nn::Sequence sequence{&rows, 0, pass.n_tokens, pass.first_position};
+  const std::vector<int32_t> tokens(static_cast<size_t>(passage.n_tokens));
+  const PredictedRows rows(plan, passage.first_position + passage.count * passage.n_tokens,
+                           stages[0], *clocks, staging);
+  std::vector<nn::Sequence> sequences(in_flight);
   NoCopies none(plan.placement, weights);
-  const nn::ForwardParams params{.config = plan.model,
-                                 .rope = rope,
-                                 .weights = weights,
-                                 .placement = plan.placement,
-                                 .stages = stages,
-                                 .staging = staging,
-                                 .tokens = tokens,
-                                 .sequences = {&sequence, 1},
-                                 .form = pass.form,
-                                 .copies = &none};
+  const auto params_of = [&](int64_t index) {
+    const size_t place = static_cast<size_t>(index) % in_flight;
+    sequences[place] = {&rows, 0, passage.n_tokens,
+                        passage.first_position + index * passage.n_tokens};
+    return nn::ForwardParams{.config = plan.model,
+                             .rope = rope,
+                             .weights = weights,
+                             .placement = plan.placement,
+                             .stages = stages[place],
+                             .staging = staging,
+                             .tokens = tokens,
+                             .sequences = {&sequences[place], 1},
+                             .form = passage.form,
+                             .copies = &none};
+  };
   PassSeconds out;
-  const bool read_at_once =
-      devices[static_cast<size_t>(plan.placement.head_device)]->host_accessible();
-  if (!nn::forward(params).ok() ||
-      !nn::forward_logits(params, pass.n_tokens - 1, 1, read_at_once ? nullptr : host_logits).ok())
-    return out;
-  out.total = clocks->now();
+  const auto n = static_cast<double>(passage.count);
+  if (passage.flow == ChunkFlow::kOneByOne) {
+    const bool read_at_once =
+        devices[static_cast<size_t>(plan.placement.head_device)]->host_accessible();
+    const nn::ForwardParams params = params_of(0);
+    if (!nn::forward(params).ok() ||
+        !nn::forward_logits(params, passage.n_tokens - 1, 1, read_at_once ? nullptr : host_logits)
+             .ok())
+      return out;
+    out.total = clocks->now();
+  } else {
+    double first = 0;
+    Passes passes{.count = passage.count, .params = params_of, .finish = {}};
+    passes.finish = [&](const nn::ForwardParams&, int64_t index) {
+      if (index == 0) first = clocks->now();
+      return Status();
+    };
+    const bool waves = passage.flow == ChunkFlow::kWaves;
+    if (!(waves ? run_in_waves(layer_runs(plan.placement), passes)
+                : run_in_turns(plan.placement, passage.in_flight, passes))
+             .ok())
+      return out;
+    // In waves a pass ends with each; those that take turns end one close behind the other.
+    out.total = waves ? (clocks->now() - first) / (n - 1) : clocks->now() / n;
+  }
   for (int d = 0; d < static_cast<int>(plan.devices.size()); ++d)
-    out.busy.push_back(clocks->busy_seconds(d));
+    out.busy.push_back(clocks->busy_seconds(d) / n);
   return out;
+}
+
+// Chunks of a prompt which end at `end`, as they follow each other through the devices.
+PassSeconds run_chunks(const Plan& plan, const MachineDescription& machine, const nn::Rope& rope,
+                       const nn::Weights& weights, int64_t end) {
+  const int64_t chunk = std::min(plan.prefill_chunk, std::max<int64_t>(plan.max_context, 1));
+  Passage passage{chunk, 0, plan.attention_form};
+  const ChunkFlow flow = chunk_flow(plan);
+  int64_t most = 1;
+  if (flow == ChunkFlow::kWaves)
+    most = static_cast<int64_t>(layer_runs(plan.placement).size()) + 1;
+  else if (flow == ChunkFlow::kTurns)
+    most = passage.in_flight = plan.prefill_in_flight;
+  passage.count = std::min(most, std::max(plan.max_context / chunk, int64_t{1}));
+  if (passage.count > 1) passage.flow = flow;
+  passage.first_position = std::max(end - passage.count * chunk, int64_t{0});
+  return run_passes(plan, machine, rope, weights, passage);
 }
 
 double rate(int64_t tokens, double seconds) {
@@ -230,24 +278,44 @@ double rate(int64_t tokens, double seconds) {
 
 double step_seconds(const Plan& plan, const MachineDescription& machine, const nn::Weights& weights,
                     int64_t n_tokens) {
-  return run_pass(plan, machine, nn::make_rope(plan.model), weights,
-                  {1, std::max<int64_t>(n_tokens, 1) - 1, AttentionForm::kAbsorbed})
+  return run_passes(plan, machine, nn::make_rope(plan.model), weights,
+                    {1, std::max<int64_t>(n_tokens, 1) - 1, AttentionForm::kAbsorbed})
       .total;
+}
+
+double turns_seconds(const Plan& plan, const MachineDescription& machine,
+                     const nn::Weights& weights, int64_t n_rows, int64_t position,
+                     int64_t groups) {
+  return static_cast<double>(groups) *
+         run_passes(plan, machine, nn::make_rope(plan.model), weights,
+                    {.n_tokens = (n_rows + groups - 1) / groups,
+                     .first_position = position,
+                     .form = AttentionForm::kAbsorbed,
+                     .count = groups,
+                     .flow = ChunkFlow::kTurns,
+                     .in_flight = groups})
+             .total;
+}
+
+double prefill_rate(const Plan& plan, const MachineDescription& machine,
+                    const nn::Weights& weights) {
+  const int64_t chunk = std::min(plan.prefill_chunk, std::max<int64_t>(plan.max_context, 1));
+  return rate(chunk, run_chunks(plan, machine, nn::make_rope(plan.model), weights,
+                                plan.max_context / 2)
+                         .total);
 }
 
 void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights) {
   const nn::Rope rope = nn::make_rope(plan.model);
   const int64_t full = std::max<int64_t>(plan.max_context, 1);
   const int64_t chunk = std::min(plan.prefill_chunk, full);
-  const auto prefill = [&](int64_t at) {
-    return run_pass(plan, machine, rope, weights, {chunk, at, plan.attention_form});
-  };
+  const auto prefill = [&](int64_t end) { return run_chunks(plan, machine, rope, weights, end); };
   const auto decode = [&](int64_t at) {
-    return run_pass(plan, machine, rope, weights, {1, at, AttentionForm::kAbsorbed});
+    return run_passes(plan, machine, rope, weights, {1, at, AttentionForm::kAbsorbed});
   };
   plan.speed.prefill_first = rate(chunk, prefill(0).total);
   plan.speed.decode_first = rate(1, decode(0).total);
-  const PassSeconds last_chunk = prefill(full - chunk), last_step = decode(full - 1);
+  const PassSeconds last_chunk = prefill(full), last_step = decode(full - 1);
   plan.speed.prefill_last = rate(chunk, last_chunk.total);
   plan.speed.decode_last = rate(1, last_step.total);
   plan.speed.source = RateSource::kMeasured;

@@ -34,6 +34,7 @@ void SessionState::lose_memory() noexcept {
   scratch.clear();
   staging = MemoryRange();
   stages.clear();
+  for (auto& others : other_stages) others.clear();
   logits = nullptr;
   has_logits = has_likeliest = false;
   lost = true;

@@ -8,6 +8,7 @@
 
 #include "cost_model.h"
 #include "pipeline.h"
+#include "predict.h"
 #include "session_state.h"
 
 namespace fathom {
@@ -108,16 +109,17 @@ void logits_change(const Group& group) noexcept {
     session->state().has_logits = session->state().has_likeliest = false;
 }
 
-// One group after the other through the devices, so that these work at once.  A group's logits are
-// its last device's work, where that has the head.
-Status groups_in_waves(std::span<const Group> groups, std::span<const LayerRun> runs,
-                       const RunControl& control) {
+// One group after the other through the devices, so that these work at once, in waves or in turns.  A
+// group's logits are the work of the last device of a wave, where that has the head.
+Status groups_at_once(std::span<const Group> groups, std::span<const LayerRun> runs,
+                      const RunControl& control) {
   const auto group_of = [&](int64_t index) -> const Group& {
     return groups[static_cast<size_t>(index)];
   };
   const auto rows = [](const Group& group) { return static_cast<int64_t>(group.tokens.size()); };
   const Placement& placement = leader(groups.front().sessions).model.plan().placement;
-  const bool queued = placement.head_device == runs.back().device &&
+  const bool waves = can_overlap(placement, runs);
+  const bool queued = waves && placement.head_device == runs.back().device &&
                       rows(groups.front()) <= nn::kLogitRows;  // the first is the largest
   Passes passes{.count = static_cast<int64_t>(groups.size()), .params = {}, .finish = {}};
   passes.params = [&](int64_t index) { return params_of(group_of(index), control); };
@@ -134,15 +136,14 @@ Status groups_in_waves(std::span<const Group> groups, std::span<const LayerRun> 
     hand_out_logits(group.sessions, 0, rows(group));
     return {};
   };
-  return run_in_waves(runs, passes);
+  return waves ? run_in_waves(runs, passes) : run_in_turns(placement, passes.count, passes);
 }
 
 Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunControl& control) {
   const auto n = static_cast<int64_t>(sessions.size());
   SessionState& first = leader(sessions);
-  const Placement& placement = first.model.plan().placement;
-  const std::vector<LayerRun> runs = layer_runs(placement);
-  const int64_t n_groups = can_overlap(placement, runs) ? first.batch_groups(n) : 1;
+  const std::vector<LayerRun> runs = layer_runs(first.model.plan().placement);
+  const int64_t n_groups = first.batch_groups(n);
   std::vector<Group> groups;
   for (int64_t g = 0, at = 0; g < n_groups; ++g) {
     const auto size = static_cast<size_t>((n - at + n_groups - g - 1) / (n_groups - g));
@@ -155,7 +156,7 @@ Status batch_pass(Sessions sessions, std::span<const int32_t> tokens, const RunC
     groups.push_back(std::move(group));
     at += static_cast<int64_t>(size);
   }
-  if (n_groups > 1) return groups_in_waves(groups, runs, control);
+  if (n_groups > 1) return groups_at_once(groups, runs, control);
   const nn::ForwardParams params = params_of(groups.front(), control);
   FATHOM_TRY(first.run_pass(params));
   logits_change(groups.front());  // they are being overwritten
@@ -196,14 +197,26 @@ int64_t SessionState::batch_groups(int64_t n) {
     groups_of_batch.resize(static_cast<size_t>(n) + 1);
   int64_t& best = groups_of_batch[static_cast<size_t>(n)];
   if (best > 0) return best;
-  const std::vector<LayerRun> runs = layer_runs(model.plan().placement);
+  const Placement& placement = model.plan().placement;
+  const std::vector<LayerRun> runs = layer_runs(placement);
+  const bool waves = can_overlap(placement, runs);
+  // Groups that take turns do without copies of experts.
+  const bool turns = !waves && model.plan().devices.size() > 1 && can_take_turns(placement) &&
+                     model.state()->copies == nullptr;
+  const int64_t most = waves   ? static_cast<int64_t>(runs.size())
+                       : turns ? kChunksInTurns
+                               : 1;
   double least = 0;
-  for (int64_t groups = 1; groups <= std::min<int64_t>(n, static_cast<int64_t>(runs.size()));
-       ++groups) {
-    const std::vector<double> t = run_seconds(*this, runs, (n + groups - 1) / groups);
-    const double slowest = *std::max_element(t.begin(), t.end());
-    const double all = std::accumulate(t.begin(), t.end(), 0.0) +
-                       static_cast<double>(groups - 1) * slowest;
+  for (int64_t groups = 1; groups <= std::min(n, most); ++groups) {
+    double all = 0;
+    if (waves) {
+      const std::vector<double> t = run_seconds(*this, runs, (n + groups - 1) / groups);
+      all = std::accumulate(t.begin(), t.end(), 0.0) +
+            static_cast<double>(groups - 1) * *std::max_element(t.begin(), t.end());
+    } else if (turns) {
+      all = turns_seconds(model.plan(), model.engine().machine(), *model.state()->weights, n,
+                          n_tokens, groups);
+    }
     constexpr double kTellApart = 0.97;
     if (groups == 1 || all < kTellApart * least) best = groups, least = all;
   }

@@ -91,13 +91,18 @@ Status SessionState::try_scratch(int64_t n) {
 // The last logits lie first and stay where they are.
 void SessionState::carve_scratch(int64_t n) {
   const Plan& plan = model.plan();
+  for (auto& others : other_stages) others = stages;
   for (size_t i = 0; i < stages.size(); ++i) {
     const MemoryRange &activations = scratch[2 * i], &workspace = scratch[2 * i + 1];
     Arena arena(activations.data(), activations.size_bytes());
     const SessionBuffers buffers =
         carve_session(arena, *model.engine().state(), static_cast<int>(i), plan, n);
-    stages[i].scratch = buffers.scratch;
+    stages[i].scratch = buffers.scratch[0];
     stages[i].op = {workspace.data(), workspace.size_bytes()};
+    for (size_t k = 0; k < other_stages.size(); ++k) {
+      other_stages[k][i] = stages[i];
+      other_stages[k][i].scratch = buffers.scratch[k + 1];
+    }
     if (buffers.host_logits != nullptr) logits = buffers.host_logits;
   }
   if (model.engine()

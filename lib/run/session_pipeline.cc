@@ -1,5 +1,6 @@
 // Prefill over several devices: chunks of one prompt follow each other through them (pipeline.h).
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "pipeline.h"
@@ -8,33 +9,33 @@
 namespace fathom::run {
 
 bool SessionState::chunks_overlap(const RunOptions& options) const {
-  const Plan& plan = model.plan();
-  // What is cold in a mixed cache follows the rows written, and a cache with other tiers moves rows
-  // while a pass runs: both want one chunk at a time.
-  const bool plain = plan.kv_policy.recent_tokens == 0 && plan.kv_policy.first_tokens == 0 &&
-                     plan.config.kv_tiers.size() == 1;
-  if (!plain || options.on_logits || trace != nullptr || plan.devices.size() < 2) return false;
-  return can_overlap(plan.placement, layer_runs(plan.placement));
+  if (options.on_logits || trace != nullptr) return false;
+  const ChunkFlow flow = chunk_flow(model.plan());
+  return flow == ChunkFlow::kWaves ||
+         (flow == ChunkFlow::kTurns && model.plan().prefill_in_flight > 1);
 }
 
 Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t chunk,
                                         const RunControl& control, const RunOptions& options) {
-  const std::vector<LayerRun> runs = layer_runs(model.plan().placement);
+  const Plan& plan = model.plan();
+  const bool in_turns = chunk_flow(plan) == ChunkFlow::kTurns;
   const auto total = static_cast<int64_t>(prompt.size());
   const int64_t n_chunks = (total + chunk - 1) / chunk, base = n_tokens;
 
   pages_.begin_pass();
-  nn::Sequence sequence{};
+  std::array<nn::Sequence, nn::kMostInFlight> sequences{};
   Passes chunks{.count = n_chunks, .params = {}, .finish = {}};
   chunks.params = [&](int64_t index) {
     const int64_t first = index * chunk, n = std::min(chunk, total - first);
+    const int64_t place = in_turns ? index % plan.prefill_in_flight : 0;
+    nn::Sequence& sequence = sequences[static_cast<size_t>(place)];
     sequence = {this, 0, n, base + first};
     return nn::ForwardParams{
         .config = model.config(),
         .rope = model.state()->rope,
         .weights = *model.state()->weights,
-        .placement = model.plan().placement,
-        .stages = stages,
+        .placement = plan.placement,
+        .stages = stages_of(place),
         .staging = staging.data(),
         .tokens = prompt.subspan(static_cast<size_t>(first), static_cast<size_t>(n)),
         .sequences = {&sequence, 1},
@@ -42,7 +43,8 @@ Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t
         .cancelled = RunControl::cancelled,
         .cancelled_arg = const_cast<RunControl*>(&control),
         .trace = nullptr,
-        .section_rows = section_rows};
+        .section_rows = section_rows,
+        .copies = in_turns ? model.state()->copies.get() : nullptr};
   };
   double last = seconds();
   chunks.finish = [&](const nn::ForwardParams& finished, int64_t index) -> Status {
@@ -54,6 +56,7 @@ Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t
     append(finished.tokens);
     const auto n = static_cast<int64_t>(finished.tokens.size());
     const double now = seconds(), elapsed = now - std::exchange(last, now);
+    if (finished.copies != nullptr) model.state()->copies->after_pass(n);
     times.prefill_tokens += n;
     times.prefill_seconds += elapsed;
     if (options.on_step && !report(options.on_step, Phase::kPrefill, n, elapsed))
@@ -62,7 +65,8 @@ Status SessionState::prefill_overlapped(std::span<const int32_t> prompt, int64_t
       return control.check(ProgressPhase::kPrefill, n_tokens - base, total);
     return {};
   };
-  return run_in_waves(runs, chunks);
+  return in_turns ? run_in_turns(plan.placement, plan.prefill_in_flight, chunks)
+                  : run_in_waves(layer_runs(plan.placement), chunks);
 }
 
 }  // namespace fathom::run

@@ -1,6 +1,7 @@
 // One session: its cache, its scratch on every device, its tokens.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <span>
 #include <vector>
@@ -41,6 +42,10 @@ class SessionState final : public nn::RowSourceOf {
   bool chunks_overlap(const RunOptions& options) const;
   Status prefill_overlapped(std::span<const int32_t> prompt, int64_t chunk,
                             const RunControl& control, const RunOptions& options);
+  // Of pass number `index` of those under way at once.
+  std::span<const nn::Stage> stages_of(int64_t index) const noexcept {
+    return index == 0 ? stages : other_stages[static_cast<size_t>(index - 1)];
+  }
   // In how many groups a batch of n sessions goes through the devices, where passes can overlap
   // (session_batch.cc).
   int64_t batch_groups(int64_t n);
@@ -121,6 +126,8 @@ class SessionState final : public nn::RowSourceOf {
   KVCache cache;
   std::vector<MemoryRange> scratch;  // activations and workspace of each stage
   std::vector<nn::Stage> stages;     // one per device of the engine
+  // The same of passes that are under way beside the one in `stages`.
+  std::array<std::vector<nn::Stage>, nn::kMostInFlight - 1> other_stages;
   MemoryRange staging;               // for copies between devices
   float* logits = nullptr;           // host memory; the first row is that of the last token
   MemoryRange history;               // int32_t [max_tokens]
