@@ -671,7 +671,8 @@ TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simul
 
 // What the length of a section is: shorter ones let a holder of few rows begin earlier, and cost every
 // long text operations on its own card.
-TEST_CASE("shorter sections cost one card more than they bring two", "[kv_spread][simulation]") {
+TEST_CASE("shorter sections cost one card more than they bring two",
+          "[kv_spread][simulation][slow]") {
   std::string table;
   double alone_long[2], beside_long[2];
   for (const auto& [n_tokens, rows] :
