@@ -85,7 +85,7 @@ class Readers(torch.nn.Module):
 
     def __init__(s, c):
         super().__init__()
-        for k in ("name", "adj", "obj"):
+        for k in ("name", "adj", "obj", "more"):
             setattr(s, k, torch.nn.Parameter(torch.eye(c["dim"])))
 
     def forward(s, head, x, words):
@@ -94,9 +94,9 @@ class Readers(torch.nn.Module):
         return {k: F.cross_entropy(h @ getattr(s, k) @ head.detach().T, t) for k, t in words.items()}
 
 
-def look_loss(tap, row, begin, to, width=1):
-    """- log of the share of attention that goes from `begin` to `to` (and width - 1 after it), in the head
-    that does it best; that share, and the head"""
+def looks(tap, row, begin, to, width=1):
+    """of each head, the mean of - log of the share of attention that goes from `begin` to `to` (and width - 1
+    after it), and the mean of that share"""
     queries, keys, _ = tap
     shares = []
     for b in row.unique().tolist():
@@ -108,9 +108,14 @@ def look_loss(tap, row, begin, to, width=1):
             sum(s.gather(2, (j + k)[:, None, None].expand(-1, s.shape[1], 1)) for k in range(width))[..., 0]
         )
     shares = torch.cat(shares)
-    loss = -torch.log(shares + 1e-5).mean(0)
-    best = loss.argmin()
-    return loss[best], shares[:, best].mean().item(), int(best)
+    return -torch.log(shares + 1e-5).mean(0), shares.mean(0)
+
+
+def best(taps, row, begin, to, width=1, but=None):
+    """of the heads of several layers the one that looks best: loss, share, (layer, head).  `but` is another's."""
+    each = [(i, h, l, s) for i, t in taps for h, (l, s) in enumerate(zip(*looks(t, row, begin, to, width)))]
+    i, h, loss, share = min((e for e in each if e[:2] != but), key=lambda e: e[2].item())
+    return loss, share.item(), (i, h)
 
 
 def said_loss(m, layer, head, rows, at, names):
@@ -130,24 +135,51 @@ def gather(notes):
     return *put(0), *put(1)
 
 
-def aux_loss(m, readers, notes, T):
+def name_lengths(x, notes, has):
+    """tokens of each fact's name, and of the name that each question asks for"""
+    f, f_row, q, q_row = gather(notes)
+    words = x[f_row[:, None], (f[:, 4, None] + torch.arange(9)).clamp(max=x.shape[1] - 1)]
+    n = (words == has).int().argmax(-1).clamp(min=1)
+    of = {(r, e): k for r, e, k in zip(f_row.tolist(), f[:, 0].tolist(), n.tolist())}
+    return n, torch.tensor([of.get(k, 1) for k in zip(q_row.tolist(), q[:, 1].tolist())], dtype=torch.long)
+
+
+def more_loss(m, readers, x, notes, lengths, T, first_carry, first_look):
+    """the same for the second token of names that have one: it follows the first wherever that stands in a
+    long text, so it too must be looked up by the key"""
+    f, f_row, q, q_row = gather(notes)
+    f, f_row, q, q_row = (v[n > 1] for n, vs in zip(lengths, ((f, f_row), (q, q_row))) for v in vs)
+    if not len(f) or not len(q):
+        return 0.0, {}
+    tap = lambda i: m.layers[i].self_attn.tap
+    begin, second = q[:, 0] + 1, x[f_row, f[:, 4] + 1]
+    said_first = m.tap[SECOND][f_row * T + f[:, 0]]
+    more = readers(m.lm_head.weight, said_first, {"more": second})["more"]
+    carry, carried, _ = best([(SECOND, tap(SECOND))], f_row, f[:, 0], f[:, 4] + 1, but=first_carry)
+    fetch, fetched, _ = best([(SECOND, tap(SECOND))], q_row, begin, q[:, 5])
+    look, seen, (layer, head) = best([(i, tap(i)) for i in LOOKING], q_row, begin, q[:, 1], 2, first_look)
+    said = said_loss(m, layer, head, f_row, f[:, 0], second)
+    parts = {"more": more.item(), "carried2": carried, "fetched2": fetched, "look2": seen, "said2": said.item()}
+    return more + said + carry + fetch + look, parts
+
+
+def aux_loss(m, readers, x, notes, lengths, T):
     f, f_row, q, q_row = gather(notes)
     if not len(f) or not len(q):
         return 0.0, {}
-    x = m.tap[SECOND]
+    residual = m.tap[SECOND]
     tap = lambda i: m.layers[i].self_attn.tap
-    at = lambda row, i: x[row * T + i]
+    at = lambda row, i: residual[row * T + i]
     name = readers(m.lm_head.weight, at(f_row, f[:, 0]), {"name": f[:, 1]})["name"]
     key = readers(m.lm_head.weight, at(q_row, q[:, 0]), {"adj": q[:, 3], "obj": q[:, 4]})
-    carry, carried, _ = look_loss(tap(SECOND), f_row, f[:, 0], f[:, 4])
-    fetch, fetched, _ = look_loss(tap(SECOND), q_row, q[:, 0], q[:, 5])
-    looks = [look_loss(tap(i), q_row, q[:, 0], q[:, 1], 2) for i in LOOKING]
-    layer = min((0, 1), key=lambda i: looks[i][0].item())
-    look, seen, head = looks[layer]
-    said = said_loss(m, LOOKING[layer], head, f_row, f[:, 0], f[:, 1])
+    carry, carried, carrier = best([(SECOND, tap(SECOND))], f_row, f[:, 0], f[:, 4])
+    fetch, fetched, _ = best([(SECOND, tap(SECOND))], q_row, q[:, 0], q[:, 5])
+    look, seen, looker = best([(i, tap(i)) for i in LOOKING], q_row, q[:, 0], q[:, 1], 2)
+    said = said_loss(m, *looker, f_row, f[:, 0], f[:, 1])
     parts = {"name": name.item(), "adj": key["adj"].item(), "obj": key["obj"].item()}
     parts |= {"carried": carried, "fetched": fetched, "look": seen, "said": said.item()}
-    return name + said + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look, parts
+    more, of_more = more_loss(m, readers, x, notes, lengths, T, carrier, looker)
+    return name + said + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look + more, parts | of_more
 
 
 def evaluate(m, data, checks, enc):
@@ -186,6 +218,7 @@ def main(data, out, init, *phases):
     seed = int(os.environ.get("SEED", 31))
     rng = random.Random(seed)
     enc, pools = C.Enc(data), Pools(data, rng)
+    has = enc("Anna has")[-1]
     m, readers, saved = M.Model(), Readers(M.CFG), None
     if init.endswith(".pt"):
         saved = torch.load(init)
@@ -193,13 +226,18 @@ def main(data, out, init, *phases):
     else:
         m = continue_train.load_hf(init)
     o1, o2, rest = M.optimizers(m)
-    o2.add_param_group({"params": list(readers.parameters()), "lr": 3e-3, "initial_lr": 3e-3})
+    readers_of = lambda names: {"params": [getattr(readers, k) for k in names], "lr": 3e-3, "initial_lr": 3e-3}
+    o2.add_param_group(readers_of(("name", "adj", "obj")))
     mean = {k: v.clone() for k, v in m.state_dict().items()}
     if saved and "readers" in saved:
-        readers.load_state_dict(saved["readers"])
+        readers.load_state_dict(saved["readers"], strict=False)
+        if "more" in saved["readers"]:
+            o2.add_param_group(readers_of(("more",)))
         o1.load_state_dict(saved["o1"])
         o2.load_state_dict(saved["o2"])
         mean = saved["mean"]
+    if "more" not in (saved or {}).get("readers", {}):
+        o2.add_param_group(readers_of(("more",)))
     teacher = continue_train.load_hf(os.environ["TEACHER"]) if os.environ.get("TEACHER") else None
     pull = float(os.environ.get("PULL", 0))
     m.tap[SECOND] = None
@@ -240,11 +278,13 @@ def main(data, out, init, *phases):
             x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
             w = torch.from_numpy(np.stack([r[1] for r in rows]).astype(np.float32) / 50)
             q, q_row = gather(notes)[2:]
-            w[q_row, q[:, 0] + 1] = answer
+            lengths = name_lengths(x, notes, has) if len(q) else None
+            for k in range(int(lengths[1].max()) if len(q) else 0):
+                long = (lengths[1] > k) & (q[:, 0] + 1 + k <= T)
+                w[q_row[long], q[long, 0] + 1 + k] = answer
             rate = min(1, (step + 1) / 20) * (l0 + (l1 - l0) * spent / minutes / 60)
             for g in o1.param_groups + o2.param_groups:
                 g["lr"] = g["initial_lr"] * rate
-            known = None
             known = None
             if teacher and n_owners < len(rows):
                 with torch.no_grad():
@@ -260,7 +300,7 @@ def main(data, out, init, *phases):
                     )
                     loss = loss + l * (share if 0 < n_owners < len(x) else 1)
                     each.append(e)
-            extra, parts = aux_loss(m, readers, notes, T) if aux else (0.0, {})
+            extra, parts = aux_loss(m, readers, x, notes, lengths, T) if aux else (0.0, {})
             (loss + aux * extra).backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
             o1.step()
@@ -277,6 +317,8 @@ def main(data, out, init, *phases):
             each = torch.cat(each).view(len(rows), T)
             parts |= {f"owners{T}": each[:n_owners].mean().item(), f"others{T}": each[n_owners:].mean().item()}
             parts["who"] = each[q_row, q[:, 0]].mean().item()
+            if len(q) and (lengths[1] > 1).any():
+                parts["who2"] = each[q_row, q[:, 0] + 1][lengths[1] > 1].mean().item()
             for k, v in parts.items():
                 if v == v:  # no mean of nothing
                     seen.setdefault(k, []).append(v)
