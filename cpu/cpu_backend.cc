@@ -47,25 +47,74 @@ Result<void*> asked_of_host(int64_t bytes, Ask&& ask) noexcept {
 
 }  // namespace
 
-Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options) {
+Result<CpuBackend::Nodes> CpuBackend::choose_nodes(const CpuOptions& options,
+                                                   const NumaTopology& machine, int& n_threads) {
+  Nodes nodes;
+  if (options.node >= 0 || options.numa != NumaMode::kOff) nodes.doubt = machine.doubt;
+  std::vector<NumaNode> working;
+  size_t n_cpus = 0;
+  for (const NumaNode& node : machine.nodes)
+    if (!node.cpus.empty()) working.push_back(node), n_cpus += node.cpus.size();
+  if (options.node >= 0) {
+    const auto it = std::find_if(working.begin(), working.end(),
+                                 [&](const NumaNode& n) { return n.id == options.node; });
+    if (it == working.end())
+      return Status(Code::kConfig, fmt::format("{}: node {} has no processor that this process may "
+                                               "use",
+                                               options.name, options.node))
+          .about("devices");
+    // Its part of what a quota allows.
+    if (options.threads == 0) {
+      const auto cpus = static_cast<int64_t>(it->cpus.size());
+      const auto all = static_cast<int64_t>(n_cpus);
+      n_threads = static_cast<int>(std::clamp<int64_t>((n_threads * cpus + all - 1) / all, 1, cpus));
+    }
+    nodes.used = {*it};
+    nodes.why = fmt::format("this device is node {}", options.node);
+  } else if (options.numa == NumaMode::kOff) {
+    nodes.why = "numa is off";
+  } else if (working.size() < 2) {
+    nodes.why = fmt::format("one node{}{}", machine.doubt.empty() ? "" : ": ", machine.doubt);
+  } else if (working.size() > kMaxNodes) {
+    nodes.why = fmt::format("{} nodes are more than the {} that rows are cut over", working.size(),
+                            kMaxNodes);
+  } else if (n_threads < static_cast<int>(working.size())) {
+    nodes.why = fmt::format("{} threads are fewer than the {} nodes", n_threads, working.size());
+  } else {
+    nodes.used = std::move(working);
+    nodes.why = "rows of weights are cut over them";
+  }
+  return nodes;
+}
+
+Result<std::unique_ptr<CpuBackend>> CpuBackend::create(const CpuOptions& options,
+                                                       const CpuSystem& system) {
   if (options.threads < 0 || options.threads > ThreadPool::kMaxThreads)
     return Status(Code::kConfig, fmt::format("threads is {}, but must be in [0, {}]",
                                              options.threads, ThreadPool::kMaxThreads))
         .about("threads");
   FATHOM_TRY_ASSIGN(const Isa isa, choose_isa(options.isa));
-  const int n_threads = options.threads > 0
-                            ? options.threads
-                            : std::min(usable_processors(), ThreadPool::kMaxThreads);
-  FATHOM_TRY_ASSIGN(std::unique_ptr<ThreadPool> threads, ThreadPool::create(n_threads));
+  int n_threads = options.threads > 0
+                      ? options.threads
+                      : std::min(usable_processors(system.root.c_str()), ThreadPool::kMaxThreads);
+  const NumaTopology machine = read_numa_topology(system.root);
+  FATHOM_TRY_ASSIGN(Nodes nodes, choose_nodes(options, machine, n_threads));
+  FATHOM_TRY_ASSIGN(std::unique_ptr<ThreadPool> threads,
+                    ThreadPool::create(n_threads, nodes.used, *system.numa));
+  std::unique_ptr<NodeMemory> memory;
+  if (!nodes.used.empty())
+    memory = std::make_unique<NodeMemory>(*system.numa, nodes.used, machine.nodes,
+                                          /*ours=*/!options.allocator);
   const CpuContext context{.threads = threads.get(),
+                           .nodes = memory && memory->has_rows() ? &memory->shares() : nullptr,
                            .isa = isa,
                            .numerics = options.numerics,
                            .matmul = &matmul_kernels(isa),
                            .rows = &row_kernels(isa),
                            .pairs = pair_kernels(isa, options.numerics),
                            .f8_pairs = f8_pair_kernels(isa, options.numerics)};
-  return std::unique_ptr<CpuBackend>(
-      new CpuBackend(options.name, options.isa, std::move(threads), context, options.allocator));
+  return std::unique_ptr<CpuBackend>(new CpuBackend(
+      options, system, std::move(nodes), std::move(threads), std::move(memory), context));
 }
 
 std::string CpuBackend::describe() const {
@@ -79,6 +128,15 @@ std::string CpuBackend::describe() const {
                       context_.isa == Isa::kAmx ? " (AVX-512 arithmetic, no tile products)" : "");
   text += fmt::format("  products of attention: {}\n",
                       context_.pairs != nullptr ? "bf16 pairs with f32 sums" : "f32");
+  text += fmt::format("  memory nodes: {}\n", nodes_.why);
+  for (size_t i = 0; i < nodes_.used.size(); ++i) {
+    int n_threads = 0;
+    for (int worker = 0; worker < threads_->size(); ++worker)
+      n_threads += threads_->node_of(worker) == static_cast<int>(i) ? 1 : 0;
+    text += fmt::format("    node {}: {} processors, {} threads, {} bytes\n", nodes_.used[i].id,
+                        nodes_.used[i].cpus.size(), n_threads, nodes_.used[i].total_bytes);
+  }
+  for (const std::string& remark : remarks()) text += fmt::format("  but: {}\n", remark);
   for (const IsaInfo& info : cpu_isas())
     if (!info.available) text += fmt::format("  not {}: {}\n", info.name, info.reason);
   return text;
@@ -90,13 +148,38 @@ int64_t CpuBackend::granularity() const noexcept {
   return host_page_bytes();
 }
 MemoryState CpuBackend::memory() const noexcept {
-  return host_memory_state();
+  // A node of which the system does not tell: what the machine has.
+  const MemoryState node = node_ >= 0 ? node_memory_state(node_, system_.root) : MemoryState{};
+  return node.total_bytes > 0 ? node : host_memory_state(system_.root.c_str());
+}
+std::vector<std::string> CpuBackend::remarks() const {
+  std::vector<std::string> remarks;
+  if (!nodes_.doubt.empty())
+    remarks.push_back(fmt::format("{}: memory nodes are not used: {}", name_, nodes_.doubt));
+  if (node_memory_)
+    if (std::string text = node_memory_->remark(); !text.empty())
+      remarks.push_back(fmt::format("{}: {}", name_, text));
+  if (const int error = threads_->bind_error(); error != 0)
+    remarks.push_back(
+        fmt::format("{}: the system does not let threads be bound to the processors of a node ({})",
+                    name_, std::strerror(error)));
+  return remarks;
+}
+void CpuBackend::adopt_thread() noexcept {
+  // A refusal is told by those of the pool.
+  if (node_ >= 0 && !nodes_.used.empty())
+    (void)system_.numa->bind_thread(pthread_self(), nodes_.used.front().cpus);
 }
 int64_t CpuBackend::runtime_bytes() const noexcept {
-  return static_cast<int64_t>(sizeof(*this)) + threads_->runtime_bytes();
+  return static_cast<int64_t>(sizeof(*this)) + threads_->runtime_bytes() +
+         static_cast<int64_t>(node_memory_ ? sizeof(NodeMemory) : 0);
 }
 Result<void*> CpuBackend::reserve(int64_t bytes) noexcept {
-  if (!allocator_) return host_reserve(bytes, kHugePages);
+  if (!allocator_) {
+    FATHOM_TRY_ASSIGN(void* const base, host_reserve(bytes, kHugePages));
+    if (node_memory_) node_memory_->place(base, bytes);
+    return base;
+  }
   return asked_of_host(bytes, [&] { return allocator_.reserve(bytes); });
 }
 Status CpuBackend::commit(void* base, int64_t offset, int64_t bytes) noexcept {
@@ -106,7 +189,12 @@ Status CpuBackend::commit(void* base, int64_t offset, int64_t bytes) noexcept {
       .status();
 }
 void CpuBackend::decommit(void* base, int64_t offset, int64_t bytes) noexcept {
-  if (!allocator_) return host_decommit(base, offset, bytes, kHugePages);
+  if (!allocator_) {
+    host_decommit(base, offset, bytes, kHugePages);
+    if (node_memory_ && base != nullptr)  // the addresses are a fresh mapping
+      node_memory_->place(static_cast<std::byte*>(base) + offset, bytes);
+    return;
+  }
   (void)asked_of_host(bytes, [&] { return allocator_.decommit(base, offset, bytes), base; });
 }
 void CpuBackend::release(void* base, int64_t bytes) noexcept {
@@ -129,7 +217,7 @@ Status CpuBackend::weight_layout(Weight& weight) const noexcept {
 }
 Status CpuBackend::store_rows(const Weight& weight, int64_t index, int64_t first_row,
                               int64_t n_rows, const void* rows) noexcept {
-  return cpu::store_rows(*threads_, weight, index, first_row, n_rows, rows);
+  return cpu::store_rows(*threads_, weight, index, first_row, n_rows, rows, node_memory_.get());
 }
 Status CpuBackend::store_scales(const Weight& weight, int64_t index, const float* scales) noexcept {
   return cpu::store_scales(weight, index, scales);

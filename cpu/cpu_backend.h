@@ -8,16 +8,23 @@
 
 #include "cpu/cpu_context.h"
 #include "cpu/failed_ops.h"
+#include "cpu/node_memory.h"
 #include "fathom/backend.hpp"
 
 namespace fathom::cpu {
+
+// What lies under the device; tests put another machine there.
+struct CpuSystem {
+  std::string root;  // before /sys and /proc
+  NumaSystem* numa = &kernel_numa();
+};
 
 // Operations of several OpContexts share the threads and are served in the order of their arrival;
 // each has finished when its call returns, so sync() has nothing to wait for: it tells what failed.
 class CpuBackend final : public Backend {
  public:
   // Errors: as make_cpu_backend().
-  static Result<std::unique_ptr<CpuBackend>> create(const CpuOptions&);
+  static Result<std::unique_ptr<CpuBackend>> create(const CpuOptions&, const CpuSystem& = {});
 
   const CpuContext& context() const noexcept { return context_; }
 
@@ -28,6 +35,8 @@ class CpuBackend final : public Backend {
   int64_t granularity() const noexcept override;
   MemoryState memory() const noexcept override;
   int64_t runtime_bytes() const noexcept override;
+  std::vector<std::string> remarks() const override;
+  void adopt_thread() noexcept override;
   Result<void*> reserve(int64_t bytes) noexcept override;
   Status commit(void* base, int64_t offset, int64_t bytes) noexcept override;
   void decommit(void* base, int64_t offset, int64_t bytes) noexcept override;
@@ -68,17 +77,34 @@ class CpuBackend final : public Backend {
   Status sync(const OpContext&) noexcept override;
 
  private:
-  CpuBackend(std::string name, std::string isa_option, std::unique_ptr<ThreadPool> threads,
-             CpuContext context, HostAllocator allocator) noexcept
-      : name_(std::move(name)),
-        isa_option_(std::move(isa_option)),
+  // The nodes that the device uses: several for rows, one that it is itself, or none.
+  struct Nodes {
+    std::vector<NumaNode> used;
+    std::string why;  // for describe()
+    std::string doubt;
+  };
+  static Result<Nodes> choose_nodes(const CpuOptions&, const NumaTopology&, int& n_threads);
+
+  CpuBackend(const CpuOptions& options, const CpuSystem& system, Nodes nodes,
+             std::unique_ptr<ThreadPool> threads, std::unique_ptr<NodeMemory> memory,
+             CpuContext context)
+      : name_(options.name),
+        isa_option_(options.isa),
+        node_(options.node),
+        system_(system),
+        nodes_(std::move(nodes)),
         threads_(std::move(threads)),
+        node_memory_(std::move(memory)),
         context_(context),
-        allocator_(std::move(allocator)) {}
+        allocator_(options.allocator) {}
 
   std::string name_;
   std::string isa_option_;
+  int node_;  // that it is alone; -1
+  CpuSystem system_;
+  Nodes nodes_;
   std::unique_ptr<ThreadPool> threads_;
+  std::unique_ptr<NodeMemory> node_memory_;  // null: memory lies where the system puts it
   CpuContext context_;
   FailedOps failed_;
   HostAllocator allocator_;

@@ -16,6 +16,7 @@ struct PairKernels;    // cpu/pair_kernels.h: attention tiles over bf16 pairs
 // Constant for the backend's life.
 struct CpuContext {
   ThreadPool* threads = nullptr;
+  const NodeShares* nodes = nullptr;  // over which rows are cut; null: over none
   Isa isa = Isa::kScalar;
   Numerics numerics = Numerics::kFast;
   const MatmulKernels* matmul = nullptr;

@@ -86,7 +86,7 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
       std::fill_n(s.x + row * w.cols, w.cols, uint16_t{0});
   });
   const auto* weights = reinterpret_cast<const uint16_t*>(w.matrix(0));
-  ctx.threads->parallel_for(n_blocks * n_slices, [&](int64_t task, int worker) {
+  for_slices(ctx, w, kDenseCols / kGroupRows, n_blocks, [&](int64_t task, int worker) {
     const int64_t block = task / n_slices, slice = task % n_slices;
     const bool last_slice = slice == n_slices - 1;
     const int64_t n_rows = std::min(kRowBlock, p.n_rows - block * kRowBlock);
@@ -237,7 +237,7 @@ bool matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) n
   }
   const int64_t groups = slice_groups(w, p.n_rows);
   const int64_t n_slices = slice_count(w, groups);
-  ctx.threads->parallel_for(row_blocks(p.n_rows) * n_slices, [&](int64_t task, int worker) {
+  for_slices(ctx, w, groups, row_blocks(p.n_rows), [&](int64_t task, int worker) {
     const int64_t row0 = task / n_slices * kRowBlock;
     const Slice slice = slice_at(w, groups, task % n_slices);
     multiply_slice(ctx, method, w, 0, slice,
@@ -277,7 +277,7 @@ void heads_matmul(const CpuContext& ctx, const OpContext& op, const HeadsMatmulP
   }
   const int64_t groups = slice_groups(w, p.n_tokens);
   const int64_t n_slices = slice_count(w, groups), n_blocks = row_blocks(p.n_tokens);
-  ctx.threads->parallel_for(w.count * n_blocks * n_slices, [&](int64_t task, int worker) {
+  for_slices(ctx, w, groups, w.count * n_blocks, [&](int64_t task, int worker) {
     const Slice slice = slice_at(w, groups, task % n_slices);
     const int64_t token0 = task / n_slices % n_blocks * kRowBlock;
     const int64_t head = task / n_slices / n_blocks;

@@ -235,6 +235,14 @@ Slice slice_at(const Weight& w, int64_t groups, int64_t index) noexcept {
   return {group0, n_groups, row0, std::min(n_groups * kGroupRows, w.rows - row0)};
 }
 
+NodeCut slice_cut(const NodeShares& nodes, int64_t n_row_groups, int64_t groups) noexcept {
+  NodeCut cut;
+  cut.n_slices = (n_row_groups + groups - 1) / groups;
+  for (int node = 0; node <= nodes.n_nodes(); ++node)
+    cut.first[node] = (nodes.begin(n_row_groups, node) + groups - 1) / groups;
+  return cut;
+}
+
 void multiply_slice(const CpuContext& ctx, Method method, const Weight& w, int64_t index,
                     const Slice& slice, const Activations& a, float* panels, float* out,
                     int64_t out_stride, bool add) noexcept {

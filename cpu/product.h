@@ -71,6 +71,21 @@ inline int64_t slice_count(const Weight& w, int64_t groups) noexcept {
 }
 Slice slice_at(const Weight&, int64_t groups, int64_t index) noexcept;
 
+// Which node's rows each slice of `groups` row groups begins with; n_nodes() of them.
+NodeCut slice_cut(const NodeShares&, int64_t n_row_groups, int64_t groups) noexcept;
+
+// fn(task, worker) for tasks [0, n_outer * slice_count(w, groups)); task % slice_count() is a slice
+// of rows of w, which threads of the node that has these rows take first.
+template <class F>
+void for_slices(const CpuContext& ctx, const Weight& w, int64_t groups, int64_t n_outer,
+                F&& fn) noexcept {
+  const int64_t n_tasks = n_outer * slice_count(w, groups);
+  if (ctx.nodes == nullptr)
+    ctx.threads->parallel_for(n_tasks, fn);
+  else
+    ctx.threads->parallel_for(n_tasks, slice_cut(*ctx.nodes, row_groups(w), groups), fn);
+}
+
 // out[i, c] (+)= a[i] . row (slice.row0 + c) of matrix `index`, c < slice.n_rows.
 //   panels  [kPanelFloats] scratch of this worker, for kPanel
 // a.n_rows is at most kRowBlock.

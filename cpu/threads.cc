@@ -61,17 +61,74 @@ struct alignas(64) ThreadPool::Worker {
   std::atomic<uint32_t> calls{0};  // grows by one for each call this worker is woken for
   ThreadPool* pool = nullptr;
   int index = 0;
+  int node = 0;
   pthread_t thread{};
 };
 
-ThreadPool::ThreadPool(int n_threads) noexcept : size_(n_threads), process_(getpid()) {}
+// The tasks of one node in the call in progress: the i-th is slice first + i % width of row
+// i / width.
+struct alignas(64) ThreadPool::Queue {
+  std::atomic<int64_t> next{0};
+  int64_t n_tasks = 0, first = 0, width = 1;
+  bool has_threads = false;  // that the pool has started
+};
 
-Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
+std::vector<int> divide_threads(int n_threads, std::span<const NumaNode> nodes) {
+  int64_t n_cpus = 0;
+  for (const NumaNode& node : nodes) n_cpus += static_cast<int64_t>(node.cpus.size());
+  const int least = n_threads >= static_cast<int>(nodes.size()) ? 1 : 0;
+  std::vector<int> threads(nodes.size(), least);
+  for (int left = n_threads - least * static_cast<int>(nodes.size()); left > 0; --left) {
+    // To the node that is furthest below its share.
+    size_t poorest = 0;
+    const auto shortage = [&](size_t i) {
+      return n_threads * static_cast<int64_t>(nodes[i].cpus.size()) - threads[i] * n_cpus;
+    };
+    for (size_t i = 1; i < nodes.size(); ++i)
+      if (shortage(i) > shortage(poorest)) poorest = i;
+    ++threads[poorest];
+  }
+  return threads;
+}
+
+ThreadPool::ThreadPool(int n_threads, int n_nodes, NumaSystem& system) noexcept
+    : size_(n_threads), n_nodes_(n_nodes), process_(getpid()), system_(system) {}
+
+int ThreadPool::node_of(int worker) const noexcept {
+  return worker == 0 ? caller_node_ : workers_[worker - 1].node;
+}
+
+Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads,
+                                                       std::span<const NumaNode> nodes,
+                                                       NumaSystem& system) {
   if (n_threads < 1 || n_threads > kMaxThreads)
     return Status(Code::kInvalidArgument,
                   fmt::format("threads is {}, but must be in [1, {}]", n_threads, kMaxThreads));
-  std::unique_ptr<ThreadPool> pool(new ThreadPool(n_threads));
+  const int n_nodes = std::max<int>(1, static_cast<int>(nodes.size()));
+  std::unique_ptr<ThreadPool> pool(new ThreadPool(n_threads, n_nodes, system));
   pool->workers_ = std::make_unique<Worker[]>(static_cast<size_t>(n_threads - 1));
+  pool->queues_ = std::make_unique<Queue[]>(static_cast<size_t>(n_nodes));
+  // Nodes take turns, so that a call of few tasks wakes threads of all of them.
+  if (n_nodes > 1) {
+    std::vector<int> left = divide_threads(n_threads, nodes);
+    int node = 0;
+    for (int i = 0; i < n_threads; ++i) {
+      while (left[static_cast<size_t>(node)] == 0) node = (node + 1) % n_nodes;
+      --left[static_cast<size_t>(node)];
+      if (i == 0)
+        pool->caller_node_ = node;
+      else
+        pool->workers_[i - 1].node = node;
+      if (i > 0) pool->queues_[node].has_threads = true;
+      node = (node + 1) % n_nodes;
+    }
+    for (int i = 0; i < n_nodes; ++i)
+      for (const int cpu : nodes[static_cast<size_t>(i)].cpus) {
+        if (cpu >= static_cast<int>(pool->node_of_cpu_.size()))
+          pool->node_of_cpu_.resize(static_cast<size_t>(cpu) + 1, -1);
+        pool->node_of_cpu_[static_cast<size_t>(cpu)] = i;
+      }
+  }
 
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
@@ -86,7 +143,13 @@ Result<std::unique_ptr<ThreadPool>> ThreadPool::create(int n_threads) {
     worker.pool = pool.get();
     worker.index = i + 1;
     error = pthread_create(&worker.thread, &attributes, &ThreadPool::thread_main, &worker);
-    if (error == 0) ++pool->n_started_;
+    if (error != 0) break;
+    ++pool->n_started_;
+    if (!nodes.empty()) {
+      const int refused =
+          system.bind_thread(worker.thread, nodes[static_cast<size_t>(worker.node)].cpus);
+      if (pool->bind_error_ == 0) pool->bind_error_ = refused;
+    }
   }
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_attr_destroy(&attributes);
@@ -112,22 +175,42 @@ ThreadPool::~ThreadPool() {
 
 int64_t ThreadPool::runtime_bytes() const noexcept {
   return static_cast<int64_t>(size_ - 1) * (kStackBytes + static_cast<int64_t>(sizeof(Worker))) +
-         static_cast<int64_t>(sizeof(ThreadPool));
+         static_cast<int64_t>(sizeof(ThreadPool)) +
+         static_cast<int64_t>(n_nodes_ * sizeof(Queue) + node_of_cpu_.size() * sizeof(int));
+}
+
+int ThreadPool::node_here() const noexcept {
+  const int cpu = system_.current_cpu();
+  const bool known = cpu >= 0 && cpu < static_cast<int>(node_of_cpu_.size());
+  const int node = known ? node_of_cpu_[static_cast<size_t>(cpu)] : -1;
+  return node >= 0 ? node : caller_node_;
+}
+
+void ThreadPool::take_from(Queue& queue, int worker) noexcept {
+  for (;;) {
+    const int64_t i = queue.next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= queue.n_tasks) return;
+    const int64_t task =
+        n_queues_ == 1 ? i : i / queue.width * n_slices_ + queue.first + i % queue.width;
+    fn_(context_, task, worker);
+    if (own_only_ && n_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) n_left_.notify_all();
+  }
 }
 
 void ThreadPool::take_tasks(int worker) noexcept {
   const auto outer = std::pair(t_pool, t_worker);
   t_pool = this;
   t_worker = worker;
-  for (;;) {
-    const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= n_tasks_) break;
-    fn_(context_, task, worker);
+  const int first = worker == 0 ? first_queue_ : n_queues_ > 1 ? workers_[worker - 1].node : 0;
+  for (int i = 0; i < n_queues_; ++i) {
+    Queue& queue = queues_[(first + i) % n_queues_];
+    // The caller stands in where a node has no thread but its own.
+    if (i == 0 || !own_only_ || (worker == 0 && !queue.has_threads)) take_from(queue, worker);
   }
   std::tie(t_pool, t_worker) = outer;
 }
 
-void ThreadPool::run(int64_t n_tasks, TaskFn fn, void* context) noexcept {
+void ThreadPool::run(int64_t n_tasks, const NodeCut* cut, TaskFn fn, void* context) noexcept {
   if (n_tasks <= 0) return;
   if (t_pool == this) {  // inside a task: the other threads are busy with the outer call
     for (int64_t task = 0; task < n_tasks; ++task) fn(context, task, t_worker);
@@ -138,9 +221,25 @@ void ThreadPool::run(int64_t n_tasks, TaskFn fn, void* context) noexcept {
 
   fn_ = fn;
   context_ = context;
-  n_tasks_ = n_tasks;
-  next_task_.store(0, std::memory_order_relaxed);
-  const int64_t n_helpers = std::min<int64_t>(n_tasks, size_) - 1;
+  n_queues_ = cut != nullptr ? n_nodes_ : 1;
+  own_only_ = n_queues_ > 1 && cut->own_threads_only && getpid() == process_;
+  first_queue_ = n_queues_ == 1 ? 0 : own_only_ ? caller_node_ : node_here();
+  if (n_queues_ == 1) {
+    queues_[0].n_tasks = n_tasks;
+    queues_[0].next.store(0, std::memory_order_relaxed);
+  } else {
+    n_slices_ = cut->n_slices;
+    for (int i = 0; i < n_nodes_; ++i) {
+      Queue& queue = queues_[i];
+      queue.first = cut->first[i];
+      const int64_t width = cut->first[i + 1] - cut->first[i];
+      queue.n_tasks = n_tasks / n_slices_ * width;
+      queue.width = std::max<int64_t>(width, 1);
+      queue.next.store(0, std::memory_order_relaxed);
+    }
+  }
+  n_left_.store(n_tasks, std::memory_order_relaxed);
+  const int64_t n_helpers = own_only_ ? size_ - 1 : std::min<int64_t>(n_tasks, size_) - 1;
   if (n_helpers > 0) {
     state_.store(kOpen, std::memory_order_release);
     for (int64_t i = 0; i < n_helpers; ++i) {
@@ -149,6 +248,7 @@ void ThreadPool::run(int64_t n_tasks, TaskFn fn, void* context) noexcept {
     }
   }
   take_tasks(0);
+  if (own_only_) wait_until(n_left_, [](int64_t value) { return value == 0; });
   if (n_helpers > 0) {
     state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     wait_until(state_, [](uint32_t value) { return value == 0; });

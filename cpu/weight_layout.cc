@@ -314,7 +314,7 @@ Status weight_layout(Weight& weight) noexcept try {
 }
 
 Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int64_t first_row,
-                  int64_t n_rows, const void* rows) noexcept try {
+                  int64_t n_rows, const void* rows, NodeMemory* memory) noexcept try {
   if (index < 0 || index >= weight.count || first_row < 0 || n_rows < 0 ||
       first_row + n_rows > weight.rows || first_row % kGroupRows != 0 ||
       (n_rows % kGroupRows != 0 && first_row + n_rows != weight.rows))
@@ -328,11 +328,28 @@ Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int6
   const int64_t n_groups = (n_rows + kGroupRows - 1) / kGroupRows;
   const int64_t groups =
       std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, group_bytes(weight)));
-  threads.parallel_for((n_groups + groups - 1) / groups, [&](int64_t task, int) {
+  const auto store = [&](int64_t task, int) {
     const int64_t row = task * groups * kGroupRows;
     store_groups(weight, index, first_row + row, std::min(groups * kGroupRows, n_rows - row),
                  static_cast<const uint8_t*>(rows) + row * row_bytes(weight.dtype, weight.cols));
-  });
+  };
+  const int64_t n_tasks = (n_groups + groups - 1) / groups;
+  if (memory == nullptr || !memory->has_rows()) {
+    threads.parallel_for(n_tasks, store);
+    return {};
+  }
+  memory->begin_rows(weight, index, first_row, n_rows);
+  // Tasks by the node of their first row; without the system's help the first touch decides.
+  NodeCut cut;
+  cut.n_slices = n_tasks;
+  cut.own_threads_only = !memory->binds();
+  for (int node = 0; node <= memory->shares().n_nodes(); ++node) {
+    const int64_t group =
+        memory->shares().begin(row_groups(weight), node) - first_row / kGroupRows;
+    cut.first[node] = (std::clamp<int64_t>(group, 0, n_groups) + groups - 1) / groups;
+  }
+  threads.parallel_for(n_tasks, cut, store);
+  memory->end_rows(weight, index, first_row, n_rows);
   return {};
 } catch (const std::bad_alloc&) {
   return Status(Code::kMemory, "no memory for a message");

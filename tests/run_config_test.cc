@@ -53,6 +53,7 @@ TEST_CASE("defaults are those of the fields, and valid") {
   CHECK(text(config, "attention.form") == "auto");
   CHECK(text(config, "sessions.max") == "1");
   CHECK(text(config, "threads") == "0");
+  CHECK(text(config, "numa") == "auto");
   CHECK(text(config, "isa") == "auto");
   CHECK(text(config, "numerics") == "fast");
 }
@@ -134,6 +135,7 @@ TEST_CASE("a refused value is named with its key and range, and changes nothing"
     CHECK_THAT(refusal("prefill.chunk", v), Contains("an integer in [1, 8192]"));
   CHECK_THAT(refusal("sessions.max", "auto"), Contains("an integer in [1, 4096]"));
   CHECK_THAT(refusal("threads", "1025"), Contains("[0, 1024]"));
+  CHECK_THAT(refusal("numa", "columns"), Contains("auto, off, rows"));
   CHECK_THAT(refusal("isa", "sse9"), Contains("auto, scalar, avx2, avx512, amx"));
   CHECK_THAT(refusal("numerics", "Exact"), Contains("fast, exact"));
   CHECK_THAT(refusal("devices", ""), Contains("\"\" is no name"));

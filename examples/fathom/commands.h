@@ -18,6 +18,7 @@ void add_bench(CLI::App& app, Action& action);       // bench.cc
 void add_tune(CLI::App& app, Action& action);        // tune.cc, profile_file.cc
 void add_config(CLI::App& app, Action& action);      // config.cc
 void add_version(CLI::App& app, Action& action);     // config.cc
+void add_devices(CLI::App& app, Action& action);     // devices.cc
 void add_demo(CLI::App& app, Action& action);        // demo.cc, demo_text.cc
 
 }  // namespace cli

@@ -44,6 +44,7 @@ int run(int argc, char** argv) {
   cli::add_bench(app, action);
   cli::add_tune(app, action);
   cli::add_config(app, action);
+  cli::add_devices(app, action);
   cli::add_demo(app, action);
   cli::add_version(app, action);
   for (CLI::App* command : app.get_subcommands({})) {

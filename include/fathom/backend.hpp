@@ -31,7 +31,7 @@
 namespace fathom {
 
 // Interface version; a plug-in built against another one is refused.
-inline constexpr uint32_t kBackendVersion = 5;
+inline constexpr uint32_t kBackendVersion = 6;
 
 enum class DeviceKind : uint8_t { kCpu, kCuda, kSimulated };
 
@@ -287,6 +287,11 @@ class Backend {
   virtual int64_t granularity() const noexcept = 0;  // commits are multiples of it
   virtual MemoryState memory() const noexcept = 0;
   virtual int64_t runtime_bytes() const noexcept = 0;  // kept for life: thread stacks, contexts
+  // What this machine refused the device so far, for people: it works without, perhaps slower.
+  virtual std::vector<std::string> remarks() const { return {}; }
+  // Called on a thread of the library that will make this device's calls and no other's: a device
+  // may bind it to the processors near its memory.
+  virtual void adopt_thread() noexcept {}
   // Addresses only; aligned to granularity().  Errors: kMemory.
   virtual Result<void*> reserve(int64_t bytes) noexcept = 0;
   // Where what is committed at `offset` really lies.  A device that cannot map memory into reserved
@@ -369,15 +374,38 @@ class Backend {
   virtual Status sync(const OpContext&) noexcept = 0;
 };
 
+// ---- memory nodes (NUMA) ----
+// A part of the machine's memory with the processors that are near it.
+struct NumaNode {
+  int id = 0;             // as the system numbers it; numbers may have gaps
+  std::vector<int> cpus;  // that this process may use, ascending; none: memory alone (CXL, HBM)
+  int64_t total_bytes = 0, free_bytes = 0;  // 0: no memory, or none that this process may use
+  std::vector<int> distances;  // to each node of the list, as the firmware says: 10 to itself
+};
+// The nodes that this process may use, ascending; those without processors are among them.  A
+// machine that does not tell is one node.  `root` is put before /sys and /proc, for tests.
+std::vector<NumaNode> numa_nodes(const std::string& root = {});
+// Of all nodes together: the machine's, or what control groups and limits leave to this process.
+MemoryState host_memory(const std::string& root = {}) noexcept;
+
+// What a CPU device makes of several nodes.  Results do not depend on it.
+//   kAuto  kRows where the process may use processors of several nodes
+//   kOff   nothing: memory lies where the system puts it, threads run where it lets them
+//   kRows  each matrix is cut by rows over the nodes, in proportion to their processors; the rows of
+//          a node lie in its memory and are multiplied by threads bound to it; other memory is spread
+enum class NumaMode : uint8_t { kAuto, kOff, kRows };
+
 // ---- built-in backends ----
 struct CpuOptions {
   std::string name = "cpu";
-  int threads = 0;          // 0: the processors this process may use
+  int threads = 0;          // 0: the processors this process may use (of the node)
   std::string isa = "auto"; // "scalar", "avx2", "avx512", "amx"; refused when the machine lacks it
   Numerics numerics = Numerics::kFast;
-  HostAllocator allocator = {};
+  HostAllocator allocator = {};  // with one, memory is not bound to nodes: it is the host's
+  NumaMode numa = NumaMode::kAuto;
+  int node = -1;  // the device is this node alone: its threads and its memory; -1: all nodes
 };
-// Starts the thread pool.  Errors: kConfig (unknown isa), kUnsupported (this machine lacks it, and
+// Starts the thread pool.  Errors: kConfig (unknown isa or node), kUnsupported (this machine lacks it, and
 // the message says what it lacks), kMemory.
 Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions&);
 

@@ -63,6 +63,8 @@ enum class SpillTmpfs : uint8_t { kRefuse, kAllow };
 struct Config {
   // devices: comma-separated names, in order; default "cpu".  "cpu:0,cpu:1" declares several CPU
   // devices with budgets of their own.
+  // "numa" stands for one CPU device per memory node with processors, named cpu:<node>, with its
+  // node's threads, memory and free bytes as its budget.
   // "cuda:0,cpu" names a GPU, whose plug-in is opened (backend_plugin.hpp); one device is a CPU.
   std::string devices = "cpu";
   // devices.missing: what to do about a device that cannot be had (no driver, no plug-in, no such
@@ -157,6 +159,9 @@ struct Config {
 
   int64_t sessions_max = 1;  // sessions.max: sessions the plan makes room for.  [1, 4096]
   int64_t threads = 0;       // threads: 0 = the processors this process may use.  [0, 1024]
+  // numa: what a CPU device makes of several memory nodes: auto (rows where the process may use
+  // several), off, rows (NumaMode).  One copy of the weights, the same results, the same bytes.
+  NumaMode numa = NumaMode::kAuto;
   std::string isa = "auto";  // isa: auto, scalar, avx2, avx512, amx
   Numerics numerics = Numerics::kFast;  // numerics: fast, exact
 

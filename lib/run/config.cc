@@ -35,6 +35,7 @@ std::vector<std::string> keys_of(const Setting& setting, const Config& config) {
   std::vector<std::string> names;
   if (Result<std::vector<std::string>> devices = run::parse_devices(config.devices); devices.ok())
     names = std::move(*devices);
+  std::erase(names, run::kNodeDevices);
   for (const auto& [name, bytes] : config.budget)
     if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   for (std::string& name : names) name.insert(0, setting.key);
@@ -151,8 +152,14 @@ Status Config::validate() const {
                                               "it begins with device",
                                               *get("kv.tiers")));
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(devices));
+  // The names of the nodes are known when the engine is made.
+  const bool nodes = std::find(names.begin(), names.end(), run::kNodeDevices) != names.end();
+  if (nodes && numa != NumaMode::kAuto)
+    return conflict("numa", fmt::format("numa = {} is about one device over all nodes, devices = "
+                                        "\"{}\" makes one of each",
+                                        *get("numa"), devices));
   for (const auto& [name, bytes] : budget)
-    if (name != "host" && std::find(names.begin(), names.end(), name) == names.end())
+    if (name != "host" && !(nodes && name.starts_with("cpu:")) && std::find(names.begin(), names.end(), name) == names.end())
       return conflict(fmt::format("budget.{}", name),
                       fmt::format("budget.{} = {}: devices = \"{}\" has no device of this name",
                                   name, bytes, devices));

@@ -40,6 +40,7 @@ constexpr std::string_view kLadderSteps[] = {"chunk", "spill", "requantise", "fi
 constexpr std::string_view kAttentionForms[] = {"absorbed", "expanded"};
 constexpr std::string_view kGoals[] = {"decode", "prefill", "mix"};
 constexpr std::string_view kNumerics[] = {"fast", "exact"};
+constexpr std::string_view kNumaModes[] = {"auto", "off", "rows"};
 constexpr std::string_view kIsas[] = {"auto", "scalar", "avx2", "avx512", "amx"};
 
 Status refuse(const Setting& setting, std::string_view key, std::string_view value) {
@@ -245,7 +246,8 @@ constexpr Setting kSettings[] = {
         {.key = "devices",
          .memory = "each device holds its layers' weights and cache, within a budget of its own",
          .text = "Devices to use, in order, separated by commas; \"cpu:0,cpu:1\" declares two CPU "
-                 "devices, \"cuda:0,cpu\" names a GPU; without a CPU the host holds tables alone."}),
+                 "devices, \"numa\" one per memory node (cpu:<node>), \"cuda:0,cpu\" names a GPU; "
+                 "without a CPU the host holds tables alone."}),
     row<&Config::devices_missing>(
         {.key = "devices.missing",
          .choices = kMissingDevices,
@@ -427,6 +429,12 @@ constexpr Setting kSettings[] = {
          .max = 1024,
          .memory = "a stack and a little scratch per thread",
          .text = "Threads per CPU device; 0: the processors this process may use."}),
+    row<&Config::numa>(
+        {.key = "numa",
+         .choices = kNumaModes,
+         .memory = "none: one copy, whose pages lie on the nodes that read them",
+         .text = "What a CPU device makes of several memory nodes; rows: each matrix is cut by rows "
+                 "over them, memory and threads alike; auto: rows where there are several."}),
     row<&Config::isa>(
         {.key = "isa",
          .choices = kIsas,

@@ -43,6 +43,9 @@ const Setting* find_setting(std::string_view key) noexcept;
 // Name of the row whose key takes the fewest changes of a character to become `key`.
 std::string nearest_setting(std::string_view key);
 
+// In a list of devices: one CPU device per memory node.
+inline constexpr std::string_view kNodeDevices = "numa";
+
 // Names in a list such as "cpu:0,cpu:1", in order.  Errors: kConfig; the message says which part
 // is wrong and why: empty, twice, not of the form word or word:number.
 Result<std::vector<std::string>> parse_devices(std::string_view list);

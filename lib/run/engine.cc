@@ -24,6 +24,19 @@ bool is_cpu_name(std::string_view name) {
   return std::all_of(name.begin() + 4, name.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
+// The documented link between two nodes is that of two sockets, a distance of 20; others are as much
+// faster or slower as the firmware says that they are nearer or further.
+void between_nodes(MachineLink& link, const NumaNode* a, const NumaNode* b,
+                   const std::vector<NumaNode>& nodes) {
+  if (a == nullptr || b == nullptr) return;
+  const auto to = static_cast<size_t>(b - nodes.data());
+  if (to >= a->distances.size()) return;
+  constexpr double kSockets = 20;
+  const double factor = std::clamp(a->distances[to] / kSockets, 0.5, 10.0);
+  link.bytes_per_s /= factor;
+  link.latency_s *= factor;
+}
+
 // Takes over the rates of devices and links of the same names.
 void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
   machine.file_bytes_per_s = known.file_bytes_per_s;
@@ -51,8 +64,48 @@ void adopt_rates(MachineDescription& machine, const MachineDescription& known) {
   }
 }
 
+// A device of the configuration: by its name, or one of the nodes that "numa" stands for.
+struct Named {
+  std::string name;
+  const NumaNode* node = nullptr;
+};
+
+Result<std::vector<Named>> named_devices(const Config& config,
+                                         const std::vector<NumaNode>& nodes) {
+  FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
+  std::vector<Named> devices;
+  for (const std::string& name : names) {
+    if (name != run::kNodeDevices) {
+      devices.push_back({name});
+      continue;
+    }
+    for (const NumaNode& node : nodes)
+      if (!node.cpus.empty()) devices.push_back({fmt::format("cpu:{}", node.id), &node});
+  }
+  const auto count = [&](const std::string& name) {
+    return std::count_if(devices.begin(), devices.end(),
+                         [&](const Named& device) { return device.name == name; });
+  };
+  for (const Named& device : devices)
+    if (count(device.name) > 1)
+      return Status(Code::kConfig,
+                    fmt::format("devices = \"{}\": {} is a node and named beside it",
+                                config.devices, device.name))
+          .about("devices");
+  for (const auto& [name, bytes] : config.budget)
+    if (name != "host" && count(name) == 0)
+      return Status(Code::kConfig,
+                    fmt::format("budget.{} = {}: no node of this number has a processor that this "
+                                "process may use",
+                                name, bytes))
+          .about(fmt::format("budget.{}", name));
+  return devices;
+}
+
 Result<std::unique_ptr<Backend>> make_device(const Config& config, const HostHooks& hooks,
-                                             const std::string& name, int threads) {
+                                             const Named& named, int threads,
+                                             const run::CpuDevices& cpus) {
+  const std::string& name = named.name;
   if (!run::plugin_file(name).empty())
     return run::open_plugin_device(config.cuda_plugin.value_or(""),
                                    {.name = name, .numerics = config.numerics});
@@ -67,7 +120,9 @@ Result<std::unique_ptr<Backend>> make_device(const Config& config, const HostHoo
   options.isa = config.isa;
   options.numerics = config.numerics;
   options.allocator = hooks.allocator;
-  return make_cpu_backend(options);
+  options.numa = config.numa;
+  if (named.node != nullptr) options.node = named.node->id;
+  return cpus.make(options);
 }
 
 bool is_host(const Backend& device) {
@@ -76,21 +131,25 @@ bool is_host(const Backend& device) {
 
 struct Devices {
   std::vector<std::unique_ptr<Backend>> all;
+  std::vector<const NumaNode*> nodes;  // of each; null: of no one node
   bool host_is_implied = false;  // the last one
 };
 
 // The devices that the configuration names, without those it lets be missing; behind them a CPU
 // that computes nothing where none is named: tokens, tables, staging and logits are the host's.
 Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
+                             const run::CpuDevices& cpus, const std::vector<NumaNode>& nodes,
                              std::vector<std::string>& warnings) {
-  FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
+  FATHOM_TRY_ASSIGN(const std::vector<Named> names, named_devices(config, nodes));
   Devices devices;
-  for (const std::string& name : names) {
+  for (const Named& named : names) {
     Result<std::unique_ptr<Backend>> device =
-        make_device(config, hooks, name, static_cast<int>(config.threads));
-    if (device.ok())
+        make_device(config, hooks, named, static_cast<int>(config.threads), cpus);
+    if (device.ok()) {
       devices.all.push_back(std::move(device).value());
-    else if (config.devices_missing == MissingDevice::kRefuse || run::plugin_file(name).empty())
+      devices.nodes.push_back(named.node);
+    } else if (config.devices_missing == MissingDevice::kRefuse ||
+               run::plugin_file(named.name).empty())
       return std::move(device).status();
     else
       warnings.push_back(
@@ -106,8 +165,10 @@ Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
   devices.host_is_implied = std::none_of(devices.all.begin(), devices.all.end(),
                                          [](const auto& d) { return is_host(*d); });
   if (devices.host_is_implied) {
-    FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> host, make_device(config, hooks, "cpu", 1));
+    FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> host,
+                      make_device(config, hooks, {"cpu"}, 1, cpus));
     devices.all.push_back(std::move(host));
+    devices.nodes.push_back(nullptr);
   }
   return devices;
 }
@@ -115,7 +176,8 @@ Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
 }  // namespace
 
 Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
-                                  const MachineDescription* rates, const WrapDevice& wrap) {
+                                  const MachineDescription* rates, const WrapDevice& wrap,
+                                  const CpuDevices& cpus) {
   FATHOM_TRY(config.validate());
   const HostAllocator& allocator = hooks.allocator;
   if (const bool all =
@@ -125,7 +187,8 @@ Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
         Code::kInvalidArgument,
         "the host's allocator has some of reserve, commit, decommit and release, not all");
   std::vector<std::string> warnings;
-  FATHOM_TRY_ASSIGN(Devices made, make_devices(config, hooks, warnings));
+  const std::vector<NumaNode> nodes = cpus.nodes();
+  FATHOM_TRY_ASSIGN(Devices made, make_devices(config, hooks, cpus, nodes, warnings));
   std::vector<std::unique_ptr<Backend>>& devices = made.all;
   std::vector<std::string> names;
   for (const auto& device : devices) names.emplace_back(device->name());
@@ -147,15 +210,20 @@ Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
     const auto it = config.budget.find(name);
     return it == config.budget.end() ? otherwise : it->second;
   };
+  const bool any_node = std::any_of(made.nodes.begin(), made.nodes.end(),
+                                    [](const NumaNode* node) { return node != nullptr; });
   const auto host =
       std::find_if(devices.begin(), devices.end(), [](const auto& d) { return is_host(*d); });
-  const int64_t host_budget = budget_of("host", (*host)->memory().free_bytes);
+  const int64_t host_budget = budget_of(
+      "host", any_node ? cpus.memory().free_bytes : (*host)->memory().free_bytes);
   std::vector<run::LedgerDevice> accounts;
   for (size_t i = 0; i < names.size(); ++i) {
     const bool on_host = is_host(*devices[i]);
     // What a device of its own memory holds for its runtime already is part of its budget.
-    const int64_t otherwise =
-        on_host ? host_budget : devices[i]->memory().free_bytes + devices[i]->runtime_bytes();
+    const int64_t free = devices[i]->memory().free_bytes;
+    const int64_t otherwise = made.nodes[i] != nullptr ? std::min(host_budget, free)
+                              : on_host                ? host_budget
+                                                       : free + devices[i]->runtime_bytes();
     accounts.push_back({names[i], budget_of(names[i], otherwise), on_host});
   }
   // A budget asked for by device is not cut by what happens to be free.
@@ -174,11 +242,16 @@ Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
     device.bytes = backend.memory().total_bytes;
     device.budget_bytes = std::min(accounts[i].budget_bytes, device.bytes);
     device.runtime_bytes = backend.runtime_bytes();
-    device.threads = config.threads > 0 ? static_cast<int>(config.threads)
-                                        : static_cast<int>(std::thread::hardware_concurrency());
+    const int processors = made.nodes[i] != nullptr
+                               ? static_cast<int>(made.nodes[i]->cpus.size())
+                               : static_cast<int>(std::thread::hardware_concurrency());
+    device.threads = config.threads > 0 ? static_cast<int>(config.threads) : processors;
     machine.devices.push_back(std::move(device));
   }
   FATHOM_TRY(machine.complete());
+  for (MachineLink& link : machine.links)
+    between_nodes(link, made.nodes[static_cast<size_t>(link.from)],
+                  made.nodes[static_cast<size_t>(link.to)], nodes);
   if (rates != nullptr) adopt_rates(machine, *rates);
 
   auto state = std::make_shared<run::EngineState>(

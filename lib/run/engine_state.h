@@ -41,6 +41,7 @@ class EngineState {
       const Backend& device = *devices[static_cast<size_t>(d)];
       FATHOM_TRY(ledger.acquire(d, Purpose::kRuntime, device.runtime_bytes()));
       log(LogLevel::kInfo, device.describe());
+      for (const std::string& remark : device.remarks()) log(LogLevel::kWarn, remark);
     }
     return {};
   }
@@ -89,10 +90,18 @@ class EngineState {
   const std::chrono::steady_clock::time_point made_ = std::chrono::steady_clock::now();
 };
 
+// Where CPU devices come from; tests put other machines there.
+struct CpuDevices {
+  std::function<std::vector<NumaNode>()> nodes = [] { return numa_nodes(); };
+  std::function<MemoryState()> memory = [] { return host_memory(); };  // of all nodes together
+  std::function<Result<std::unique_ptr<Backend>>(const CpuOptions&)> make = make_cpu_backend;
+};
+
 // Engine::create(), with something between each device and those who use it: for tests.
 using WrapDevice = std::function<std::unique_ptr<Backend>(std::unique_ptr<Backend>, int device)>;
 Result<Engine> create_engine(const Config& config, const HostHooks& hooks,
-                             const MachineDescription* rates, const WrapDevice& wrap = {});
+                             const MachineDescription* rates, const WrapDevice& wrap = {},
+                             const CpuDevices& cpus = {});
 
 // Runs `body`, which returns a Status or Result, and turns an exception of the standard library
 // into a Status: the border that nothing is thrown across.

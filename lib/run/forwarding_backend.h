@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "fathom/backend.hpp"
 
@@ -22,6 +23,8 @@ class ForwardingDevice : public Backend {
   int64_t granularity() const noexcept override { return real_->granularity(); }
   MemoryState memory() const noexcept override { return real_->memory(); }
   int64_t runtime_bytes() const noexcept override { return real_->runtime_bytes(); }
+  std::vector<std::string> remarks() const override { return real_->remarks(); }
+  void adopt_thread() noexcept override { real_->adopt_thread(); }
   Result<void*> reserve(int64_t bytes) noexcept override { return real_->reserve(bytes); }
   void* address(void* base, int64_t offset) const noexcept override {
     return real_->address(base, offset);

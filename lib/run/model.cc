@@ -104,6 +104,11 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   model->n_params = map.n_params();
   model->n_params_active = map.n_params_active(plan.model);
   model->load_report = plan.remarks;
+  for (const auto& device : engine.state()->devices)
+    for (std::string& remark : device->remarks()) {
+      engine.state()->timeline.mark("numa", remark, 0, 0);
+      model->load_report.push_back(std::move(remark));
+    }
   model->weights = std::move(map).take_weights();
   model->book_plan(1);
   for (const std::string& line : model->load_report) engine.state()->log(LogLevel::kInfo, line);

@@ -168,7 +168,9 @@ class QueuedBackend final : public ForwardingDevice {
   }
 
   static void* thread_main(void* self) noexcept {
-    static_cast<QueuedBackend*>(self)->work();
+    auto& backend = *static_cast<QueuedBackend*>(self);
+    backend.real_->adopt_thread();
+    backend.work();
     return nullptr;
   }
   void work() noexcept {

@@ -61,6 +61,7 @@ Result<Engine> simulated_engine(const MachineDescription& described, Config conf
   if (options.threads == 0) options.threads = machine.devices[static_cast<size_t>(host)].threads;
   options.isa = config.isa;
   options.numerics = config.numerics;
+  options.numa = NumaMode::kOff;  // its products are not computed
   FATHOM_TRY_ASSIGN(std::shared_ptr<Backend> tables, make_cpu_backend(options));
 
   std::vector<run::LedgerDevice> accounts;
