@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """End-to-end cases on generated models: runs `fathom bench` on each and appends one table to
-RESULTS.md.  Run by `cmake/dev bench`; by hand:
+RESULTS.md; ends with 1 when one failed.  Run by `cmake/dev bench`; by hand:
 
     tests/bench/cases.py --bin build-bench/bin [--only v2-lite] [--models DIR] [--results FILE]
 
@@ -53,15 +53,20 @@ def model_file(args, folder, shape, dtype, layers):
     return path
 
 
+def row_without_figures(name, why):
+    return f"| {name} | {why} |" + " |" * 7 + "\n"
+
+
 def run_case(args, folder, name, shape, dtype, layers, flags):
     path = model_file(args, folder, shape, dtype, layers)
     if path.stat().st_size * 1.2 > free_bytes():
-        return f"| {name} | left out: {path.stat().st_size / 1e9:.1f} GB do not fit the free memory |\n"
+        return row_without_figures(name, f"left out: {path.stat().st_size / 1e9:.1f} GB do not fit the free memory")
     command = [args.bin / "fathom", "bench", "-m", path, "-r", str(args.repeat), "--json", "-q", *flags]
     print("running", *command, file=sys.stderr)
     done = subprocess.run(command, stdout=subprocess.PIPE)
     if done.returncode != 0:
-        return f"| {name} | failed with code {done.returncode} |\n"
+        args.failed.append(name)
+        return row_without_figures(name, f"failed with code {done.returncode}")
     r = json.loads(done.stdout)
     read, peak = r["read_bandwidth"]["bytes_per_second"] / 1e9, r["f32_peak_gflops"]
     text = ""
@@ -84,23 +89,30 @@ def main():
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
+    cases = [case for case in CASES if args.only in case[0]]
+    if not cases:
+        parser.error(f"no case has {args.only!r} in its name: " + "; ".join(case[0] for case in CASES))
+    args.failed = []
     if not args.results.exists():  # before the runs, not after them
         args.results.write_text("# Results\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.models or pathlib.Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        rows = "".join(run_case(args, folder, *case) for case in CASES if args.only in case[0])
+        rows = "".join(run_case(args, folder, *case) for case in cases)
     load = os.getloadavg()[0]
     table = (f"\n## {datetime.date.today()}, {processor()}, {os.cpu_count()} processors, load {load:.1f}: cases of "
              f"`tests/bench/cases.py`\n\n"
-             "Best of several runs; \"busy\" is the processor time had, of all threads: below 90 % others used the\n"
-             "machine.  GFLOP/s count the products with active weights; the peak is that of f32 multiply-adds.\n\n"
+             f"Best of {args.repeat}; \"busy\" is the processor time had, of all threads: below 90 % others used the\n"
+             "machine, and peak and read loop, measured before each case, may be short of what a core has.  GFLOP/s\n"
+             "count the products with active weights; the peak is that of f32 multiply-adds.\n\n"
              "| model | what | depth | tok/s | GFLOP/s | share | GB/s | share of the read loop | busy |\n"
              "|---|---|---|---|---|---|---|---|---|\n" + rows)
     print(table)
     old = args.results.read_text()
     first = old.find("\n## ")
     args.results.write_text(old[:first] + table + old[first:] if first >= 0 else old + table)
+    if args.failed:
+        sys.exit("failed: " + "; ".join(args.failed))
 
 
 if __name__ == "__main__":
