@@ -8,12 +8,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <ctime>
+#include <map>
 #include <numeric>
 
 #include "lib/io/tensor_listing.h"
 #include "lib/run/engine_state.h"
 #include "lib/run/placement_problem.h"
 #include "support/loaded_model.h"
+#include "support/placement_checks.h"
 
 namespace fathom {
 namespace {
@@ -114,14 +116,18 @@ double max_over_mean(const std::vector<double>& values) {
 
 struct Row {
   bool feasible = false, needed_fits = false, balanced = false;
-  std::string text, why;
+  UnevenCause cause = UnevenCause::kNone;
+  std::string text, why, json;
+  std::vector<std::string> refuted;
   double seconds = 0;
 };
 
-Row plan_case(const Machine& machine, const char* model, const char* type) {
+Row plan_case(const Machine& machine, const char* model, const char* type,
+              const std::string& pinned_layers = "auto") {
   Row row;
   const std::string path = std::string(FATHOM_TEST_SOURCE_DATA) + "/configs/" + model + ".json";
-  const Config config = test::config_of({{"weights.type", type}, {"context.max", "16384"}});
+  const Config config = test::config_of(
+      {{"weights.type", type}, {"context.max", "16384"}, {"placement.layers", pinned_layers}});
   auto engine = Engine::simulate(describe(machine), config);
   INFO(engine.status().message());
   REQUIRE(engine.ok());
@@ -136,14 +142,12 @@ Row plan_case(const Machine& machine, const char* model, const char* type) {
   // What no placement can do without: all weights and the cache once, and the smallest scratch.
   auto file = io::list_tensors(path, config.weights_type);
   REQUIRE(file.ok());
-  run::PlacementPins pins;
-  pins.layers.assign(static_cast<size_t>(plan.model.num_hidden_layers), -1);
-  pins.experts.resize(pins.layers.size());
-  for (size_t l = 0; l < pins.layers.size(); ++l)
-    if (plan.model.is_moe_layer(static_cast<int64_t>(l)))
-      pins.experts[l].assign(static_cast<size_t>(plan.model.n_routed_experts), -1);
+  std::vector<std::string> names;
+  for (const PlanDevice& device : plan.devices) names.push_back(device.name);
+  const auto pins = run::read_pins(config, plan.model, names);
+  REQUIRE(pins.ok());
   run::PlacementInputs inputs{
-      .engine = *engine->state(), .file = *file, .plan = plan, .pins = pins, .available = {}};
+      .engine = *engine->state(), .file = *file, .plan = plan, .pins = *pins, .available = {}};
   for (const PlanDevice& device : plan.devices) inputs.available.push_back(device.budget_bytes);
   inputs.host_available = plan.devices[0].budget_bytes;
   inputs.context = 16384;
@@ -169,14 +173,24 @@ Row plan_case(const Machine& machine, const char* model, const char* type) {
         static_cast<double>(device.peak_bytes()) / static_cast<double>(device.budget_bytes);
     worst_share = std::max(worst_share, share);
     if (device.kind == DeviceKind::kCpu) continue;
-    memory.push_back(share);
+    // Copies of experts take what nothing else needs, and give it back.
+    int64_t peak = 0;
+    for (const auto& bytes : device.bytes)
+      peak = std::max(peak, std::accumulate(bytes.begin(), bytes.end(), int64_t{0}) -
+                                bytes[static_cast<size_t>(Purpose::kExpertCache)]);
+    memory.push_back(static_cast<double>(peak) / static_cast<double>(device.budget_bytes));
     time.push_back(device.decode_seconds);
   }
   const double memory_balance = max_over_mean(memory), time_balance = max_over_mean(time);
   row.balanced = memory_balance <= 1.05 && time_balance <= 1.10;
+  if (!memory.empty()) CHECK(memory_balance == Approx(plan.balance.memory));
+  if (!memory.empty()) CHECK(time_balance == Approx(plan.balance.time));
+  row.cause = plan.balance.cause;
+  row.json = plan.to_json();
   for (const std::string& remark : plan.remarks)
-    if (remark.starts_with("placement: made for"))
-      row.why = remark.substr(remark.find(": ", 11) + 2);
+    if (remark.starts_with("placement: of the cards' mean"))
+      row.why = remark.substr(remark.find(" works") + 1);
+  if (problem->n_devices > 1) row.refuted = test::refute(*problem, plan);
 
   const run::PlacementCost ours = cost_of(*problem, plan.placement);
   const Placement other = proportional(*problem, plan.model);
@@ -195,7 +209,8 @@ Row plan_case(const Machine& machine, const char* model, const char* type) {
 
 void check_table(std::span<const Machine> machines, std::span<const char* const> models,
                  std::span<const char* const> types, std::FILE* table) {
-  int planned = 0, balanced = 0, bound = 0;
+  int planned = 0, balanced = 0;
+  std::map<std::string_view, int> causes;
   double slowest = 0;
   if (table)
     std::fprintf(
@@ -211,17 +226,26 @@ void check_table(std::span<const Machine> machines, std::span<const char* const>
         if (row.feasible) {
           ++planned;
           if (row.balanced) ++balanced;
-          CHECK((row.balanced || !row.why.empty()));
-          if (!row.balanced) ++bound;
+          CHECK(row.balanced == (row.cause == UnevenCause::kNone));
+          CHECK(row.balanced == row.why.empty());
+          ++causes[uneven_cause_name(row.cause)];
+          for (const std::string& text : row.refuted) {
+            INFO(text);
+            CHECK(row.refuted.empty());
+          }
         }
         slowest = std::max(slowest, row.seconds);
         if (table)
           std::fprintf(table, "| %s | %s %s | %s | %s |\n", machine.name, model, type,
                        row.text.c_str(), row.feasible && row.balanced ? "" : row.why.c_str());
+        if (table) std::fflush(table);
       }
-  if (table)
-    std::fprintf(table, "\n%d planned, %d balanced, %d with what binds; slowest plan %.2f s\n",
-                 planned, balanced, bound, slowest);
+  if (table) {
+    std::fprintf(table, "\n%d planned, %d balanced; slowest plan %.2f s\n", planned, balanced,
+                 slowest);
+    for (const auto& [cause, n] : causes)
+      std::fprintf(table, "%s: %d\n", std::string(cause).c_str(), n);
+  }
   CHECK(planned > 0);
 }
 
@@ -230,6 +254,19 @@ TEST_CASE("a few machines and models", "[placement][machines]") {
   const char* const types[] = {"q4_k"};
   check_table(std::span(kMachines).subspan(3, 1), models, types, nullptr);
   check_table(std::span(kMachines).subspan(12, 1), models, types, nullptr);
+}
+
+TEST_CASE("pins that make cards uneven are told as the cause", "[placement][machines]") {
+  const Machine machine{"4x L40S, 64G", {{"l40s", 4}}, "ddr5-8ch", 64};
+  const Row even = plan_case(machine, "v2", "q4_k");
+  CHECK(even.cause == UnevenCause::kNone);
+  const Row row = plan_case(machine, "v2", "q4_k", "cuda:0=0-17");
+  INFO(row.text << " " << row.why);
+  CHECK(row.feasible);
+  CHECK(row.cause == UnevenCause::kPins);
+  CHECK(row.refuted == std::vector<std::string>{});
+  CHECK(row.why.find("pins: without them") != std::string::npos);
+  CHECK(row.json.find("\"cause\": \"pins\"") != std::string::npos);
 }
 
 TEST_CASE("671 B parameters on eight devices are planned within a second",

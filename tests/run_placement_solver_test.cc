@@ -119,7 +119,7 @@ TEST_CASE("the solver is within 3 % of the best of all placements", "[placement]
     const double all = 2400.0 * static_cast<double>(n_layers) + 600;
     for (int64_t& budget : p.budget) budget = static_cast<int64_t>(all * between(0.25, 0.9)) + 100;
     const double best = brute_force(p);
-    const PlacementCost cost = cost_of(p, solve_placement(p));
+    const PlacementCost cost = cost_of(p, solve_placement(p).placement);
     INFO("instance " << instance << ": best " << best << ", solved " << cost.makespan);
     if (best < 0) {
       ++infeasible;
@@ -140,7 +140,7 @@ TEST_CASE("equal devices get equal work and equal bytes", "[placement][solver]")
     for (const int64_t in_flight : {n, 12}) {
       const SolverProblem p =
           problem_of(n, 60, 64, std::vector<double>(static_cast<size_t>(n), 1.0), in_flight);
-      const PlacementCost cost = cost_of(p, solve_placement(p));
+      const PlacementCost cost = cost_of(p, solve_placement(p).placement);
       double sum = 0, bytes = 0;
       for (size_t d = 0; d < cost.busy.size(); ++d)
         sum += cost.busy[d], bytes += static_cast<double>(cost.bytes[d]);
@@ -155,7 +155,7 @@ TEST_CASE("a fast card too small for the model keeps attention and what experts 
           "[placement][solver]") {
   SolverProblem p = problem_of(2, 60, 64, {20, 1}, 1);
   p.budget[1] = 60 * 400 + 600 + 100 + 10 * 2000 + 31 * 5;  // ten layers' experts and a bit
-  const Placement placement = solve_placement(p);
+  const Placement placement = solve_placement(p).placement;
   const PlacementCost cost = cost_of(p, placement);
   CHECK(cost.bytes_over == 0);
   for (const LayerPlacement& layer : placement.layers) CHECK(layer.device == 1);
@@ -168,7 +168,7 @@ TEST_CASE("pins are kept by the solver", "[placement][solver]") {
   p.pins.experts[3].assign(8, 1);
   p.pins.experts[7][2] = 0;
   p.pins.head_device = 0;
-  const Placement placement = solve_placement(p);
+  const Placement placement = solve_placement(p).placement;
   CHECK(placement.layers[5].device == 2);
   CHECK(placement.layers[3].experts == std::vector<ExpertSpan>{{1, 0, 8}});
   CHECK(placement.head_device == 0);
@@ -180,7 +180,7 @@ TEST_CASE("eight devices and 61 layers are solved in time", "[placement][solver]
   SolverProblem p = problem_of(8, 61, 256, {1, 1, 1.5, 1.5, 2, 2, 1, 20}, 1);
   for (size_t d = 0; d < 7; ++d) p.budget[d] = 12000;
   const auto start = std::chrono::steady_clock::now();
-  const PlacementCost cost = cost_of(p, solve_placement(p));
+  const PlacementCost cost = cost_of(p, solve_placement(p).placement);
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   CHECK(cost.bytes_over == 0);

@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "fathom/kv_page.hpp"
@@ -77,6 +78,53 @@ struct Placement {
   bool holds_rows_of_others(int device) const noexcept;
   bool uses(int device) const noexcept;
   bool operator==(const Placement&) const = default;
+};
+
+// Cards - devices that are not CPUs - are to be as full as each other and to work as long: largest
+// over mean of their budgets' shares and of their seconds in a decode step.  That may cost 1 % of
+// the fastest placement's time.
+inline constexpr double kEvenMemory = 1.05, kEvenTime = 1.10, kMostForEven = 1.01;
+
+// Why they do not.
+enum class UnevenCause : uint8_t {
+  kNone = 0,       // they do, or there are no two cards
+  kMemory = 1,     // no part of the busiest fits on an idler card; to make room costs more time
+  kTransfers = 2,  // smaller parts than layers are experts on other cards; the way there costs more
+  kUnlike = 3,     // cards differ in memory or speed: to fill or employ them alike costs more time
+  kPins = 4,       // without the pins they would
+  kGrown = 5,      // in the cost model's figures they do, at the context the placement was made for
+};
+constexpr std::string_view uneven_cause_name(UnevenCause cause) noexcept {
+  constexpr std::string_view kNames[] = {"none", "memory", "transfers", "unlike", "pins", "grown"};
+  return kNames[static_cast<int>(cause)];
+}
+
+// Predicted seconds: of one pass through all devices, and of what placement.goal counts.
+struct PlacementSeconds {
+  double step = 0, goal = 0;
+};
+
+// What was weighed when parts got their places.  All figures but `memory` and `time` are those of
+// the cost function that the placement is the best of.
+struct PlacementBalance {
+  double memory = 1, time = 1;  // of the cards, as planned; without cards, of all devices
+  // The device that works longest in a step, and those on which no single part of it would fit.
+  int slowest = -1;
+  std::vector<int> full;
+  PlacementSeconds seconds;  // of the placement
+
+  UnevenCause cause = UnevenCause::kNone;
+  // Unless kNone.  The card that gives: the busiest, or where time is even the fullest.
+  int giver = -1;
+  int64_t part_bytes = 0;    // of its smallest part
+  int64_t room_bytes = 0;    // the most that another card has left
+  PlacementSeconds fastest;  // of the fastest placement found: kMostForEven times that is the limit
+  // The cheapest placement found that meets both bounds; `even_meets` false: nothing does, and this
+  // is the nearest.
+  bool even_meets = false;
+  double even_memory = 1, even_time = 1;
+  PlacementSeconds even_seconds;
+  Placement even;
 };
 
 }  // namespace fathom

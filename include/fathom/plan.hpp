@@ -123,6 +123,7 @@ struct Plan {
   std::vector<PlanDevice> devices;
   PlanSpeed speed;
   Placement placement;               // what lives on which of them
+  PlacementBalance balance;          // how evenly, and why not more so
   std::vector<std::string> remarks;  // what was chosen and why; what the file lacked
 
   // Cache bytes of one session on a device, in whole pages, its own layers' and those that

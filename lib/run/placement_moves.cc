@@ -92,12 +92,12 @@ bool Descent::try_swaps(PlacementState& s, double& best) const {
         const bool layers = (what & 1) != 0 && s.layer[a] != s.layer[b] && p_.pins.layers[a] < 0 &&
                             p_.pins.layers[b] < 0;
         const bool experts = (what & 2) != 0 && !s.experts[a].empty() && !s.experts[b].empty() &&
-                             s.experts[a] != s.experts[b] && !p_.pins.any_expert(a) &&
-                             !p_.pins.any_expert(b);
+                             !std::ranges::equal(s.experts[a], s.experts[b]) &&
+                             !p_.pins.any_expert(a) && !p_.pins.any_expert(b);
         if (!layers && !experts) continue;
         PlacementState changed = s;
         if (layers) std::swap(changed.layer[a], changed.layer[b]);
-        if (experts) std::swap(changed.experts[a], changed.experts[b]);
+        if (experts) std::ranges::swap_ranges(changed.experts[a], changed.experts[b]);
         any |= keep_if_better(s, std::move(changed), best);
       }
   return any;
@@ -231,15 +231,18 @@ void Descent::disturb(PlacementState& s, std::mt19937& rng) const {
   }
 }
 
-// Experts of a layer go from one device to another: all, an eighth, one.
+// Experts of a layer go from one device to another: all, an eighth, one; for the bounds, where what
+// the way costs must be won by one move, also a half and a quarter.
 bool Descent::try_experts(PlacementState& s, double& best) const {
   bool any = false;
-  const int64_t eighth = std::max<int64_t>(1, p_.n_experts / 8);
+  const auto part = [&](int64_t of) { return std::max<int64_t>(1, p_.n_experts / of); };
+  const int64_t parts[] = {part(2), part(4), p_.n_experts, part(8), 1};
+  const std::span<const int64_t> tried = std::span(parts).subspan(aim_ == Aim::kBounds ? 0 : 2);
   for (size_t l = 0; l < n_layers_; ++l) {
     if (s.experts[l].empty()) continue;
     for (size_t from = 0; from < n_devices_; ++from)
       for (size_t to = 0; to < n_devices_; ++to)
-        for (const int64_t n : {p_.n_experts, eighth, int64_t{1}}) {
+        for (const int64_t n : tried) {
           if (to == from) continue;
           const int64_t movable = s.experts[l][from] - pinned_experts(l, from);
           const int64_t moved = std::min(n, movable);
@@ -276,7 +279,7 @@ void Descent::improve(PlacementState& s) const {
   double best = score(s);
   constexpr int kMostRounds = 200;
   for (int round = 0; round < kMostRounds; ++round) {
-    bool any = even_ && try_exchanges(s, best);
+    bool any = aim_ != Aim::kFast && try_exchanges(s, best);
     any |= try_boundaries(s, best);
     any |= try_experts(s, best);
     any |= try_ends(s, best);

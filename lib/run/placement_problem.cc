@@ -174,6 +174,7 @@ class Builder {
     // A device that cannot hold even that (it was lost, say) holds nothing of the model.
     p_.budget.push_back(host ? in_.available[i] - fixed
                              : std::max<int64_t>(in_.available[i] - fixed, 0));
+    p_.held.push_back(fixed);
     p_.is_host.push_back(plan.devices[i].kind == DeviceKind::kCpu);
     if (p_.is_host.back() && p_.host_budget < INT64_MAX) p_.host_budget -= fixed;
 
@@ -246,133 +247,10 @@ class Builder {
   std::map<DeviceKind, nn::WeightMap> layouts_;
 };
 
-double gib(int64_t bytes) {
-  return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30);
-}
-
-// "0-12, 20" of the layers for which `here` is true.
-template <class Here>
-std::string layer_list(const Placement& placement, Here&& here) {
-  std::string text;
-  const size_t n = placement.layers.size();
-  for (size_t l = 0; l < n;) {
-    if (!here(placement.layers[l])) {
-      ++l;
-      continue;
-    }
-    size_t end = l + 1;
-    while (end < n && here(placement.layers[end])) ++end;
-    text += fmt::format("{}{}", text.empty() ? "" : ", ", l);
-    if (end > l + 1) text += fmt::format("-{}", end - 1);
-    l = end;
-  }
-  return text;
-}
-
-}  // namespace
-
-namespace {
-
-// Why cards do not work alike, where they do not: the same work for each takes the slower ones
-// longer than the faster ones save; or nothing fits on the idler ones; or a part is too large.
-std::string why_uneven(const SolverProblem& p, const PlacementCost& cost) {
-  constexpr double kAlike = 1.10, kDear = 0.01;
-  std::vector<size_t> cards;
-  for (size_t d = 0; d < cost.busy.size(); ++d)
-    if (!p.is_host[d]) cards.push_back(d);
-  double sum = 0, most = 0, work = 0, speed = 0;
-  size_t idle = 0;
-  for (const size_t d : cards) {
-    double alone = 1e-12;  // seconds for all attention and shared experts
-    for (size_t l = 0; l < p.own_bytes.size(); ++l)
-      alone += p.passes.front().own[l][d] + p.passes.front().network[l][d];
-    sum += cost.busy[d];
-    most = std::max(most, cost.busy[d]);
-    work += cost.busy[d] / alone;
-    speed += 1 / alone;
-    if (d == cards.front() || cost.busy[d] < cost.busy[idle]) idle = d;
-  }
-  const auto n = static_cast<double>(cards.size());
-  if (cards.size() < 2 || sum <= 0 || most * n <= kAlike * sum) return {};
-  const std::string text =
-      fmt::format("placement: the busiest card works {:.2f} of the mean: ", most * n / sum);
-  if (const double longer = (n * work / speed - sum) / cost.latency; longer > kDear)
-    return text + fmt::format("with equal times the slower cards would make a step {:.0f} % longer",
-                              longer * 100);
-  int64_t own = INT64_MAX;
-  for (const std::vector<int64_t>& layer : p.own_bytes) own = std::min(own, layer[idle]);
-  if (p.budget[idle] - cost.bytes[idle] < own)
-    return text +
-           "the idler ones are full, and trading experts for a layer costs more than 1 % of a "
-           "step or makes the host slower";
-  return text + "a layer more would make another card the busiest, or a step more than 1 % longer";
-}
-
 }  // namespace
 
 Result<SolverProblem> placement_problem(const PlacementInputs& inputs) {
   return Builder(inputs).run();
-}
-
-std::vector<std::string> explain_placement(const SolverProblem& p, const Plan& plan) {
-  const PlacementCost cost = cost_of(p, plan.placement);
-  const Placement& placement = plan.placement;
-  std::vector<std::string> lines;
-  std::vector<double> used;  // the share of its budget that each device gives
-  for (int d = 0; d < p.n_devices; ++d) {
-    const auto i = static_cast<size_t>(d);
-    std::string what;
-    const auto add = [&](const std::string& text) { what += (what.empty() ? "" : "; ") + text; };
-    if (placement.embed_device == d) add("embedding");
-    if (const auto text = layer_list(placement, [&](const auto& l) { return l.device == d; });
-        !text.empty())
-      add("layers " + text);
-    const auto holds = [&](const LayerPlacement& l) {
-      return std::any_of(l.experts.begin(), l.experts.end(),
-                         [&](const ExpertSpan& s) { return s.device == d; });
-    };
-    if (const int64_t n = placement.experts_on(d); n > 0)
-      add(fmt::format("{} routed experts of layers {}", n, layer_list(placement, holds)));
-    if (placement.head_device == d) add("output head");
-    if (what.empty()) what = "nothing";
-    const double share =
-        static_cast<double>(cost.bytes[i]) / static_cast<double>(std::max<int64_t>(p.budget[i], 1));
-    used.push_back(share);
-    lines.push_back(
-        fmt::format("placement: {}: {} ({:.2f} GiB, {:.0f} % of its room; busy {:.2f} "
-                    "of {:.2f} ms)",
-                    plan.devices[i].name, what, gib(cost.bytes[i]), share * 100, cost.busy[i] * 1e3,
-                    cost.latency * 1e3));
-  }
-
-  // What binds: a device on which the smallest movable part would no longer fit, the slowest stage.
-  const auto slowest =
-      static_cast<size_t>(std::max_element(cost.busy.begin(), cost.busy.end()) - cost.busy.begin());
-  int64_t part = INT64_MAX;  // the smallest thing that could still move
-  for (size_t l = 0; l < p.own_bytes.size(); ++l) {
-    part = std::min(part, p.own_bytes[l][slowest]);
-    if (p.expert_bytes[l][slowest] > 0) part = std::min(part, p.expert_bytes[l][slowest]);
-  }
-  std::string full;
-  for (size_t d = 0; d < used.size(); ++d)
-    if (d != slowest && cost.busy[d] < cost.busy[slowest] && p.budget[d] - cost.bytes[d] < part)
-      full += (full.empty() ? "" : ", ") + plan.devices[d].name;
-  std::string why =
-      fmt::format("placement: made for {}: ", placement_goal_name(plan.config.placement_goal));
-  if (cost.bytes_over > 0)
-    why +=
-        fmt::format("memory binds: {:.2f} GiB too little over all devices", gib(cost.bytes_over));
-  else if (!full.empty())
-    why += fmt::format("{} is the slowest stage; memory binds, no part of it fits on {} any more",
-                       plan.devices[slowest].name, full);
-  else
-    why += fmt::format(
-        "{} is the slowest stage; moving a layer from it would make another one "
-        "slower, or the whole pass longer than the stage becomes shorter",
-        plan.devices[slowest].name);
-  lines.push_back(std::move(why));
-  if (std::string uneven = why_uneven(p, cost); !uneven.empty()) lines.push_back(std::move(uneven));
-  return lines;
 }
 
 }  // namespace fathom::run

@@ -1,8 +1,6 @@
-// From a model file and an engine to the numbers that the placement solver takes, and from its
-// answer to words.
+// From a model file and an engine to the numbers that the placement solver takes.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "../io/tensor_file.h"
@@ -26,9 +24,5 @@ struct PlacementInputs {
   int64_t chunk = 1, context = 1;
 };
 Result<SolverProblem> placement_problem(const PlacementInputs& inputs);
-
-// What lies where and why, a line each: the goal, every device with its share of memory and time,
-// and what keeps the placement from being faster or evener.
-std::vector<std::string> explain_placement(const SolverProblem& problem, const Plan& plan);
 
 }  // namespace fathom::run

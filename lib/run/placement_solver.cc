@@ -13,9 +13,12 @@ constexpr double kSecondsPerByteOver = 1e-3;
 // taken - by squares, as the slowest stage does not change before all that are as slow gave a part
 // away - and cards that are evenly full (at most a hundredth of the time for it).
 constexpr double kEvenTie = 1e-3, kMemoryTie = 0.05, kMostUneven = 0.2;
-// When the fastest is found, cards are made to work alike where that costs at most so much of its
-// time; kCardTie only says which is the evener of two.
-constexpr double kMostForEven = 1.01, kCardTie = 0.03;
+// Says which is the evener of two.
+constexpr double kCardTie = 0.03;
+// A byte too many where prices are shares of the fastest time.
+constexpr double kPricePerByteOver = 1;
+// Of the placements looked at for the fastest, how many more for evenness and for its bounds.
+constexpr double kEvenPart = 0.75, kBoundsPart = 0.5;
 
 // Seconds that a layer adds to one pass, and to its devices' busy time.
 double layer_time(const SolverProblem& p, const SolverPass& pass, const PlacementState& s, size_t l,
@@ -115,6 +118,11 @@ PlacementCost Descent::cost(const PlacementState& s) const {
 double Descent::score(const PlacementState& s) const {
   ++n_scored_;
   const PlacementCost c = cost(s);
+  if (aim_ == Aim::kBounds)
+    return c.makespan / fastest_makespan_ + c.latency / fastest_latency_ +
+           miss_weight_ * balance_of(p_, c).miss +
+           kPricePerByteOver * static_cast<double>(c.bytes_over);
+  const bool even = aim_ == Aim::kEven;
   double busy = 0, squares = 1e-30;
   for (const double b : c.busy) busy += b, squares += b * b;
   double fullest = 0, sum = 0, n = 0, busiest = 0, works = 1e-30, works_squares = 0;
@@ -132,9 +140,9 @@ double Descent::score(const PlacementState& s) const {
   // another, the second counts where they are nearly alike.
   const double one_sided = std::log1p(std::max(n * works_squares / (works * works) - 1, 0.0)) +
                            std::max(busiest * n / works - 1, 0.0);
-  const double uneven = sum > 0 ? std::min(fullest * n / sum - 1, even_ ? 1.0 : kMostUneven) : 0;
+  const double uneven = sum > 0 ? std::min(fullest * n / sum - 1, even ? 1.0 : kMostUneven) : 0;
   return c.makespan + kEvenTie * squares / (busy + 1e-30) +
-         (kMemoryTie * uneven + (even_ ? kCardTie * one_sided : 0)) * c.latency +
+         (kMemoryTie * uneven + (even ? kCardTie * one_sided : 0)) * c.latency +
          kSecondsPerByteOver * static_cast<double>(c.bytes_over);
 }
 
@@ -144,7 +152,6 @@ PlacementState Descent::from_shares(const std::vector<double>& shares,
                                     const std::vector<int>& order) const {
   PlacementState s;
   s.layer.assign(n_layers_, order.back());
-  s.experts.resize(n_layers_);
   const double sum = std::accumulate(shares.begin(), shares.end(), 0.0);
   double share = 0;
   size_t first = 0;
@@ -155,8 +162,8 @@ PlacementState Descent::from_shares(const std::vector<double>& shares,
   }
   for (size_t l = 0; l < n_layers_; ++l) {
     if (p_.pins.layers[l] >= 0) s.layer[l] = p_.pins.layers[l];
+    s.experts.add_layer(moe(l) ? n_devices_ : 0);
     if (moe(l)) {
-      s.experts[l].assign(n_devices_, 0);
       for (const int pinned : p_.pins.experts[l])
         ++s.experts[l][static_cast<size_t>(pinned >= 0 ? pinned : s.layer[l])];
     }
@@ -198,7 +205,8 @@ Placement Descent::placement(const PlacementState& s) const {
     LayerPlacement layer{.device = s.layer[l], .slot = 0, .experts = {}};
     if (!s.experts[l].empty()) {
       // Pinned experts keep their place; the others fill the counts by ascending device.
-      std::vector<int64_t> left = s.experts[l];
+      const std::span<const int64_t> counts = s.experts[l];
+      std::vector<int64_t> left(counts.begin(), counts.end());
       for (const int pinned : p_.pins.experts[l])
         if (pinned >= 0) --left[static_cast<size_t>(pinned)];
       size_t next = 0;
@@ -225,13 +233,12 @@ PlacementState Descent::state(const Placement& placement) const {
   PlacementState s;
   s.embed = placement.embed_device;
   s.head = placement.head_device;
-  for (const LayerPlacement& layer : placement.layers) {
+  for (size_t l = 0; l < placement.layers.size(); ++l) {
+    const LayerPlacement& layer = placement.layers[l];
     s.layer.push_back(layer.device);
-    std::vector<int64_t> experts;
-    if (!layer.experts.empty()) experts.assign(n_devices_, 0);
+    s.experts.add_layer(layer.experts.empty() ? 0 : n_devices_);
     for (const ExpertSpan& span : layer.experts)
-      experts[static_cast<size_t>(span.device)] += span.count;
-    s.experts.push_back(std::move(experts));
+      s.experts[l][static_cast<size_t>(span.device)] += span.count;
   }
   return s;
 }
@@ -260,7 +267,7 @@ PlacementCost cost_of(const SolverProblem& problem, const Placement& placement) 
   return descent.cost(descent.state(placement));
 }
 
-Placement solve_placement(const SolverProblem& p) {
+Solution solve_placement(const SolverProblem& p) {
   Descent descent(p);
   const auto n = static_cast<size_t>(p.n_devices);
   std::vector<int> order(n);
@@ -270,7 +277,9 @@ Placement solve_placement(const SolverProblem& p) {
     std::vector<double> shares;
     for (const int64_t budget : p.budget)
       shares.push_back(static_cast<double>(std::max<int64_t>(budget, 1)));
-    return descent.placement(descent.from_shares(shares, order));
+    return {.placement = descent.placement(descent.from_shares(shares, order)),
+            .fastest = {},
+            .even = {}};
   }
 
   // Seconds of everything on one device alone, to know who is fast.
@@ -285,8 +294,8 @@ Placement solve_placement(const SolverProblem& p) {
     memory[d] = static_cast<double>(std::max<int64_t>(p.budget[d], 0));
     speed[d] = 1 / std::max(alone[d], 1e-12);
   }
-  std::vector<int> fastest = order;
-  std::stable_sort(fastest.begin(), fastest.end(), [&](int a, int b) {
+  std::vector<int> by_speed = order;
+  std::stable_sort(by_speed.begin(), by_speed.end(), [&](int a, int b) {
     return speed[static_cast<size_t>(a)] > speed[static_cast<size_t>(b)] * (1 + 1e-9);
   });
   // The fastest first, as full as they get; and likewise with each of them holding what it can of
@@ -295,7 +304,7 @@ Placement solve_placement(const SolverProblem& p) {
   int64_t own_bytes = 1;
   for (size_t l = 0; l < p.own_bytes.size(); ++l) own_bytes += p.own_bytes[l][0];
   double left = static_cast<double>(all_bytes), own_left = static_cast<double>(own_bytes);
-  for (const int d : fastest) {
+  for (const int d : by_speed) {
     const auto i = static_cast<size_t>(d);
     filled[i] = std::min(left, memory[i]);
     left -= filled[i];
@@ -312,7 +321,7 @@ Placement solve_placement(const SolverProblem& p) {
   // The fast ones alone hold layers, in even shares: cards with a slow host behind them.
   for (size_t count = 1; count < n; ++count) {
     std::vector<double> even(n, 0);
-    for (size_t i = 0; i < count; ++i) even[static_cast<size_t>(fastest[i])] = 1;
+    for (size_t i = 0; i < count; ++i) even[static_cast<size_t>(by_speed[i])] = 1;
     starts.push_back(even);
   }
 
@@ -344,8 +353,12 @@ Placement solve_placement(const SolverProblem& p) {
   }
 
   // The evenest of those that are nearly as fast, from the best and from all starts.
-  descent.make_even();
-  const PlacementCost fastest_cost = descent.cost(best);
+  const PlacementCost fastest = descent.cost(best);
+  descent.aim_at(Aim::kEven, kEvenPart, fastest);
+  const auto dear = [&](const PlacementCost& c) {
+    return c.bytes_over > fastest.bytes_over || c.makespan > kMostForEven * fastest.makespan ||
+           c.latency > kMostForEven * fastest.latency;
+  };
   double even_score = descent.score(best);
   std::vector<PlacementState> from = {best};
   for (const std::vector<double>& shares : starts)
@@ -354,15 +367,42 @@ Placement solve_placement(const SolverProblem& p) {
   for (PlacementState& s : from) {
     if (descent.ended()) break;
     descent.improve(s);
-    const PlacementCost c = descent.cost(s);
     const double score = descent.score(s);
-    if (c.bytes_over <= fastest_cost.bytes_over && score < even_score &&
-        c.makespan <= kMostForEven * fastest_cost.makespan &&
-        c.latency <= kMostForEven * fastest_cost.latency)
-      even_score = score, best = s;
+    if (score < even_score && !dear(descent.cost(s))) even_score = score, best = s;
   }
-  descent.even_out(best, kMostForEven * fastest_cost.makespan);
-  return descent.placement(best);
+  descent.even_out(best, kMostForEven * fastest.makespan);
+  descent.polish(best, fastest);
+
+  Solution out{
+      .placement = {}, .fastest = {.step = fastest.latency, .goal = fastest.makespan}, .even = {}};
+  if (const CardBalance balance = balance_of(p, descent.cost(best)); balance.miss > 0) {
+    // The cheapest within the bounds, from the evenest found so far; what is not too dear is taken.
+    std::optional<PlacementState> even;
+    double even_miss = 0, even_price = 0;
+    from.insert(from.begin(), best);
+    descent.aim_at(Aim::kBounds, kBoundsPart, fastest);
+    for (PlacementState& s : from) {
+      if (descent.ended()) break;
+      for (const double weight : {1, 4, 16}) {
+        descent.set_miss_weight(weight);
+        descent.improve(s);
+        if (balance_of(p, descent.cost(s)).miss == 0) break;
+      }
+      descent.polish(s, fastest);
+      const PlacementCost c = descent.cost(s);
+      if (c.bytes_over > fastest.bytes_over) continue;
+      const double miss = balance_of(p, c).miss;
+      const double price = std::max(c.makespan / fastest.makespan, c.latency / fastest.latency);
+      if (!even || miss < even_miss || (miss == even_miss && price < even_price))
+        even = s, even_miss = miss, even_price = price;
+    }
+    if (even && even_miss == 0 && !dear(descent.cost(*even)))
+      best = *even;
+    else if (even)
+      out.even = descent.placement(*even);
+  }
+  out.placement = descent.placement(best);
+  return out;
 }
 
 int64_t least_bytes_over(const SolverProblem& p) {

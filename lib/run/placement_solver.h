@@ -12,13 +12,15 @@
 //
 // Method: layers in contiguous runs, from several starts (shares by memory, by speed, the fastest
 // device filled first), then descent by moving run boundaries, experts of a layer, embedding and
-// head, single layers and pairs of them, until no move helps; then again from around the best.  Last,
-// cards are made to work alike where that costs at most 1 % of the fastest found; full ones trade
-// experts for layers, and single experts by way of the host until they are evenly full.
+// head, single layers and pairs of them, until no move helps; then again from around the best.  Then
+// cards are made to work alike where that costs at most kMostForEven of the fastest found: full ones
+// trade experts for layers, those with too large parts give experts to each other.  Last, every move
+// of one part that is no loss is made, so that no room is left that something slower could use.
 // Against all placements of small instances: tests/run_placement_solver_test.cc.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "fathom/placement.hpp"
@@ -49,6 +51,7 @@ struct SolverProblem {
   int64_t n_experts = 0;  // per MoE layer
   // Bytes by device.  What every device holds in any case is taken from the budgets before.
   std::vector<int64_t> budget;
+  std::vector<int64_t> held;  // that; empty: nothing
   std::vector<int64_t> layers_scratch, guests_scratch, ends_scratch;  // once, by what lives there
   std::vector<int64_t> embed_bytes, head_bytes;
   std::vector<std::vector<int64_t>> own_bytes;     // [layer][device], cache included
@@ -73,9 +76,22 @@ struct PlacementCost {
 };
 
 PlacementCost cost_of(const SolverProblem& problem, const Placement& placement);
+
+// Of the cards: largest over mean.
+struct CardBalance {
+  double memory = 1, time = 1;
+  double miss = 0;  // how far all cards together are above the bounds
+};
+CardBalance balance_of(const SolverProblem& problem, const PlacementCost& cost);
 // Bytes that no placement can find room for: what the parts take beyond all budgets together, or
 // what a device holds in any case beyond its own.  0: there may be one that fits.
 int64_t least_bytes_over(const SolverProblem& problem);
-Placement solve_placement(const SolverProblem& problem);
 
+struct Solution {
+  Placement placement;
+  PlacementSeconds fastest;  // of the fastest found
+  // Where `placement` is not within the bounds of evenness: the cheapest that is, or the nearest.
+  std::optional<Placement> even;
+};
+Solution solve_placement(const SolverProblem& problem);
 }  // namespace fathom::run

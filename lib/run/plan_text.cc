@@ -70,23 +70,17 @@ std::string balance_text(const Plan& plan) {
       rate_source_name(speed.source), speed.prefill_first, speed.prefill_last,
       grouped(plan.max_context), speed.decode_first, speed.decode_last, grouped(plan.max_context));
   if (plan.devices.size() < 2) return out;
-  double most_bytes = 0, mean_bytes = 0, most_seconds = 0, mean_seconds = 0;
-  const auto n = static_cast<double>(plan.devices.size());
-  for (const PlanDevice& device : plan.devices) {
-    const double used = static_cast<double>(device.peak_bytes()) /
-                        static_cast<double>(std::max<int64_t>(device.budget_bytes, 1));
+  for (const PlanDevice& device : plan.devices)
     out += fmt::format(
         "{:<8} works {:.4g} ms of a decode step, {:.4g} ms of a chunk; {:.0f} % of its "
         "budget\n",
-        device.name, device.decode_seconds * 1e3, device.prefill_seconds * 1e3, used * 100);
-    most_bytes = std::max(most_bytes, used);
-    mean_bytes += used / n;
-    most_seconds = std::max(most_seconds, device.decode_seconds);
-    mean_seconds += device.decode_seconds / n;
-  }
-  out += fmt::format("balance: memory max/mean {:.2f}, decode time max/mean {:.2f}\n",
-                     most_bytes / std::max(mean_bytes, 1e-300),
-                     most_seconds / std::max(mean_seconds, 1e-300));
+        device.name, device.decode_seconds * 1e3, device.prefill_seconds * 1e3,
+        static_cast<double>(device.peak_bytes()) /
+            static_cast<double>(std::max<int64_t>(device.budget_bytes, 1)) * 100);
+  const bool cards = std::ranges::any_of(
+      plan.devices, [](const PlanDevice& device) { return device.kind != DeviceKind::kCpu; });
+  out += fmt::format("balance{}: memory max/mean {:.2f}, decode time max/mean {:.2f}\n",
+                     cards ? " of the cards" : "", plan.balance.memory, plan.balance.time);
   return out;
 }
 
@@ -118,6 +112,29 @@ std::string placement_json(const Plan& plan) {
                       std::min(span.end_row, plan.max_context));
   return fmt::format("{{\"embed\": {}, \"head\": {}, \"kv\": [{}], \"layers\": [\n{}\n  ]}}",
                      name(plan.placement.embed_device), name(plan.placement.head_device), kv, list);
+}
+
+std::string balance_json(const Plan& plan) {
+  const PlacementBalance& b = plan.balance;
+  const auto name = [&](int device) {
+    return device < 0 ? "null" : run::json_quote(plan.devices[static_cast<size_t>(device)].name);
+  };
+  const auto seconds = [](const PlacementSeconds& s) {
+    return fmt::format("{{\"step\": {:.6g}, \"goal\": {:.6g}}}", s.step, s.goal);
+  };
+  std::string full;
+  for (const int device : b.full) full += (full.empty() ? "" : ", ") + name(device);
+  std::string out = fmt::format(
+      "{{\"memory\": {:.4f}, \"time\": {:.4f}, \"slowest\": {}, \"full\": [{}], \"seconds\": {}, "
+      "\"cause\": \"{}\"",
+      b.memory, b.time, name(b.slowest), full, seconds(b.seconds), uneven_cause_name(b.cause));
+  if (b.cause != UnevenCause::kNone && b.cause != UnevenCause::kGrown)
+    out += fmt::format(
+        ", \"giver\": {}, \"part_bytes\": {}, \"room_bytes\": {}, \"fastest\": {},\n    "
+        "\"even\": {{\"meets\": {}, \"memory\": {:.4f}, \"time\": {:.4f}, \"seconds\": {}}}",
+        name(b.giver), b.part_bytes, b.room_bytes, seconds(b.fastest), b.even_meets, b.even_memory,
+        b.even_time, seconds(b.even_seconds));
+  return out + "}";
 }
 
 }  // namespace
@@ -161,6 +178,7 @@ std::string Plan::to_json() const {
   }
   add("devices", fmt::format("[\n{}\n  ]", list));
   add("placement", placement_json(*this));
+  add("balance", balance_json(*this));
   add("predicted",
       fmt::format("{{\"rates\": \"{}\", \"prefill_first_tokens_per_s\": {:.6g}, "
                   "\"prefill_last_tokens_per_s\": {:.6g}, \"decode_first_tokens_per_s\": {:.6g}, "

@@ -14,6 +14,7 @@
 #include "ladder.h"
 #include "pipeline.h"
 #include "placement_problem.h"
+#include "placement_reasons.h"
 #include "predict.h"
 
 namespace fathom::run {
@@ -250,6 +251,7 @@ Result<Plan> Planner::plan_once(const Config& config, Wanted wanted, bool with_c
     return plan_once(config, wanted, false);
   set_copies(plan, map);
   predict(plan, engine_->machine, map.weights());
+  tell_balance(plan);
   return plan;
 }
 
@@ -333,15 +335,15 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
       return Status(Code::kBudget, fmt::format("no placement fits: {} bytes too many", over));
   }
   FATHOM_TRY_ASSIGN(SolverProblem problem, problem_of(rooms[0]));
-  plan.placement = solve_placement(problem);
-  const auto fits = [&] { return cost_of(problem, plan.placement).bytes_over == 0; };
+  Solution solution = solve_placement(problem);
+  const auto fits = [&] { return cost_of(problem, solution.placement).bytes_over == 0; };
   // Takes the placement for another room where there is one.
   const auto settle_for = [&](const Room& room) -> Result<bool> {
     FATHOM_TRY_ASSIGN(SolverProblem other, problem_of(room));
     if (least_bytes_over(other) > 0) return false;
-    Placement placement = solve_placement(other);
-    if (cost_of(other, placement).bytes_over > 0) return false;
-    plan.placement = std::move(placement);
+    Solution solved = solve_placement(other);
+    if (cost_of(other, solved.placement).bytes_over > 0) return false;
+    solution = std::move(solved);
     problem = std::move(other);
     return true;
   };
@@ -352,6 +354,8 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
       if (found) break;
     }
   }
+  plan.balance = weigh(problem, solution);
+  plan.placement = std::move(solution.placement);
   for (std::string& line : explain_placement(problem, plan))
     plan.remarks.push_back(std::move(line));
   return {};
