@@ -305,16 +305,18 @@ class Refuter {
       case UnevenCause::kTransfers: {
         if (!fits) say("transfers: no part fits");
         if (!cards_alike()) say("transfers: the cards differ");
-        // But for what more goes over links, the evener placement would be taken.
+        // But for what goes over links beyond one hop from card to card it would be taken.
         SolverProblem free = p_;
         for (run::SolverPass& pass : free.passes)
           for (auto* ways : {&pass.hand_over, &pass.round_trip})
             for (std::vector<double>& row : *ways) std::ranges::fill(row, 0.0);
-        const PlacementCost even_free = cost_of(free, b_.even);
-        const PlacementCost now_free = cost_of(free, plan_.placement);
-        const PlacementSeconds without{
-            .step = even_free.latency + now_.cost.latency - now_free.latency,
-            .goal = even_free.makespan + now_.cost.makespan - now_free.makespan};
+        const run::SolverPass& pass = p_.passes.front();
+        const double hops =
+            static_cast<double>(cards_.size() - 1) *
+            pass.hand_over[static_cast<size_t>(cards_[0])][static_cast<size_t>(cards_[1])];
+        const double ways = then.cost.latency - cost_of(free, b_.even).latency - hops;
+        const PlacementSeconds without{.step = then.cost.latency - ways,
+                                       .goal = then.cost.makespan - pass.weight * ways};
         if (too_dear(without))
           say(fmt::format("transfers: without them it would still take {:.4f} ms, {:.4f} ms in all",
                           without.step * 1e3, without.goal * 1e3));
