@@ -151,7 +151,9 @@ Row plan_case(const Machine& machine, const char* model, const char* type,
   for (const PlanDevice& device : plan.devices) inputs.available.push_back(device.budget_bytes);
   inputs.host_available = plan.devices[0].budget_bytes;
   inputs.context = 16384;
-  inputs.chunk = plan.prefill_chunk;
+  inputs.chunk =
+      plan.devices.size() > 1 && plan.feasible ? plan.balance.chunk_tokens : plan.prefill_chunk;
+  if (plan.feasible && plan.devices.size() > 1) CHECK(plan.balance.context_tokens == 16384);
   auto problem = run::placement_problem(inputs);
   REQUIRE(problem.ok());
   double needed = static_cast<double>(problem->embed_bytes[0] + problem->head_bytes[0]), room = 0;

@@ -112,6 +112,8 @@ struct PlacementBalance {
   int slowest = -1;
   std::vector<int> full;
   PlacementSeconds seconds;  // of the placement
+  // Passes and text of which it made room; the plan may have found it to hold others.
+  int64_t chunk_tokens = 0, context_tokens = 0;
 
   UnevenCause cause = UnevenCause::kNone;
   // Unless kNone.  The card that gives: the busiest, or where time is even the fullest.

@@ -54,6 +54,69 @@ CardBalance balance_of(const SolverProblem& p, const PlacementCost& cost) {
   return out;
 }
 
+bool Descent::has_twin(const PlacementState& s, const std::vector<size_t>& kinds, size_t l) const {
+  for (size_t m = 0; m < l; ++m)
+    if (kinds[m] == kinds[l] && s.layer[m] == s.layer[l] &&
+        std::ranges::equal(s.experts[m], s.experts[l]))
+      return true;
+  return false;
+}
+
+void Descent::approach_bounds(PlacementState& s) const {
+  const std::vector<size_t> kinds = kinds_of_layers(p_);
+  PlacementCost now = cost(s);
+  double miss = balance_of(p_, now).miss;
+  constexpr int kMostSteps = 64;
+  for (int step = 0; step < kMostSteps && miss > 0; ++step) {
+    PlacementState best;
+    double best_rate = 0;
+    const auto consider = [&](const PlacementState& changed) {
+      const PlacementCost c = cost(changed);
+      if (c.bytes_over > now.bytes_over) return;
+      constexpr double kNothing = 1e-5;  // what costs less counts as that
+      const double gain = miss - balance_of(p_, c).miss;
+      const double price =
+          std::max({c.makespan / now.makespan - 1, c.latency / now.latency - 1, kNothing});
+      if (gain > kShorter && gain / price > best_rate) best_rate = gain / price, best = changed;
+    };
+    PlacementState changed = s;
+    for (size_t l = 0; l < n_layers_; ++l) {
+      const auto home = static_cast<size_t>(s.layer[l]);
+      for (int d = 0; d < p_.n_devices && !p_.is_host[home] && p_.pins.layers[l] < 0; ++d) {
+        if (d == s.layer[l]) continue;
+        changed.layer[l] = d;
+        consider(changed);
+        changed.layer[l] = s.layer[l];
+        move_layer(changed, l, d);
+        consider(changed);
+        changed.layer[l] = s.layer[l];
+        std::ranges::copy(s.experts[l], changed.experts[l].begin());
+      }
+      if (s.experts[l].empty() || has_twin(s, kinds, l)) continue;
+      for (size_t from = 0; from < n_devices_; ++from) {
+        const int64_t movable = s.experts[l][from] - pinned_experts(l, from);
+        for (size_t to = 0; to < n_devices_ && !p_.is_host[from]; ++to) {
+          if (to == from) continue;
+          const int64_t room = (p_.budget[to] - now.bytes[to]) / p_.expert_bytes[l][to];
+          for (int64_t n = std::min(movable, std::max<int64_t>(room, 0)); n > 0; n /= 2) {
+            changed.experts[l][from] -= n, changed.experts[l][to] += n;
+            consider(changed);
+            changed.experts[l][from] += n, changed.experts[l][to] -= n;
+          }
+        }
+      }
+    }
+    for (int d = 0; d < p_.n_devices; ++d) {
+      if (p_.pins.embed_device < 0) changed.embed = d, consider(changed), changed.embed = s.embed;
+      if (p_.pins.head_device < 0) changed.head = d, consider(changed), changed.head = s.head;
+    }
+    if (best_rate == 0) return;
+    s = std::move(best);
+    now = cost(s);
+    miss = balance_of(p_, now).miss;
+  }
+}
+
 void Descent::polish(PlacementState& s, const PlacementCost& fastest) const {
   const std::vector<size_t> kinds = kinds_of_layers(p_);
   PlacementCost now = cost(s);
@@ -102,11 +165,7 @@ void Descent::polish(PlacementState& s, const PlacementCost& fastest) const {
     bool any = false;
     for (size_t l = 0; l < n_layers_; ++l) {
       if (s.experts[l].empty()) continue;
-      bool seen = false;  // another layer that is just like it was tried, and nothing came of it
-      for (size_t m = 0; m < l && !seen; ++m)
-        seen = kinds[m] == kinds[l] && s.layer[m] == s.layer[l] &&
-               std::ranges::equal(s.experts[m], s.experts[l]);
-      if (seen) continue;
+      if (has_twin(s, kinds, l)) continue;  // it was tried, and nothing came of it
       for (size_t from = 0; from < n_devices_; ++from)
         for (size_t to = 0; to < n_devices_; ++to)
           if (to != from && s.experts[l][from] > 0) any |= experts(l, from, to);

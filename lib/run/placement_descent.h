@@ -65,6 +65,9 @@ class Descent {
                              const std::vector<int>& order) const;
   // Cards become evenly full, to less than an expert, where a host holds experts of their layers.
   void even_out(PlacementState& s, double most_seconds) const;
+  // Brings cards within the bounds of evenness: again and again the move of one part that leads
+  // nearest to them for its price (placement_balance.cc).
+  void approach_bounds(PlacementState& s) const;
   // Takes every move of one part that makes passes shorter and cards no less even, or cards evener
   // and passes no longer, until none does (placement_balance.cc).  No pass gets longer than `most`.
   void polish(PlacementState& s, const PlacementCost& most) const;
@@ -88,6 +91,8 @@ class Descent {
 
  private:
   bool moe(size_t l) const { return p_.expert_bytes[l][0] > 0; }
+  // Whether an earlier layer is like this one in all that its experts' places depend on.
+  bool has_twin(const PlacementState& s, const std::vector<size_t>& kinds, size_t l) const;
   bool try_boundaries(PlacementState& s, double& best) const;
   bool try_layers(PlacementState& s, double& best) const;
   bool try_swaps(PlacementState& s, double& best) const;

@@ -147,7 +147,8 @@ std::string cause_text(const Plan& plan) {
           giver, mib(b.part_bytes), mib(b.room_bytes), price);
     case UnevenCause::kTransfers:
       return fmt::format(
-          "a layer is too large a part, and the experts of one on two cards cost transfers: {}",
+          "a layer is too large a part, and experts of one on another device cost transfers or its "
+          "slower work: {}",
           price);
     case UnevenCause::kUnlike:
       return fmt::format("the cards differ in memory or speed: {}", price);

@@ -103,9 +103,8 @@ PlacementCost Descent::cost(const PlacementState& s) const {
     }
     latency += pass.hand_over[at][head];
     const double slowest = *std::max_element(busy.begin(), busy.end());
-    const double next = pass.one_session && !separate(s)
-                            ? std::max(slowest, latency * pass.in_turns)
-                            : slowest;
+    const double next =
+        pass.one_session && !separate(s) ? std::max(slowest, latency * pass.in_turns) : slowest;
     out.makespan += pass.weight * (latency + static_cast<double>(pass.in_flight - 1) * next);
     if (&pass == &p_.passes.front()) {
       out.busy = std::move(busy);
@@ -353,6 +352,7 @@ Solution solve_placement(const SolverProblem& p) {
   }
 
   // The evenest of those that are nearly as fast, from the best and from all starts.
+  const PlacementState fastest_state = best;
   const PlacementCost fastest = descent.cost(best);
   descent.aim_at(Aim::kEven, kEvenPart, fastest);
   const auto dear = [&](const PlacementCost& c) {
@@ -379,10 +379,11 @@ Solution solve_placement(const SolverProblem& p) {
     // The cheapest within the bounds, from the evenest found so far; what is not too dear is taken.
     std::optional<PlacementState> even;
     double even_miss = 0, even_price = 0;
-    from.insert(from.begin(), best);
+    from.insert(from.begin(), {best, fastest_state, best});
     descent.aim_at(Aim::kBounds, kBoundsPart, fastest);
-    for (PlacementState& s : from) {
-      if (descent.ended()) break;
+    for (size_t i = 0; i < from.size() && !descent.ended(); ++i) {
+      PlacementState& s = from[i];
+      if (i < 2) descent.approach_bounds(s);
       for (const double weight : {1, 4, 16}) {
         descent.set_miss_weight(weight);
         descent.improve(s);

@@ -126,8 +126,9 @@ std::string balance_json(const Plan& plan) {
   for (const int device : b.full) full += (full.empty() ? "" : ", ") + name(device);
   std::string out = fmt::format(
       "{{\"memory\": {:.4f}, \"time\": {:.4f}, \"slowest\": {}, \"full\": [{}], \"seconds\": {}, "
-      "\"cause\": \"{}\"",
-      b.memory, b.time, name(b.slowest), full, seconds(b.seconds), uneven_cause_name(b.cause));
+      "\"chunk_tokens\": {}, \"context_tokens\": {}, \"cause\": \"{}\"",
+      b.memory, b.time, name(b.slowest), full, seconds(b.seconds), b.chunk_tokens, b.context_tokens,
+      uneven_cause_name(b.cause));
   if (b.cause != UnevenCause::kNone && b.cause != UnevenCause::kGrown)
     out += fmt::format(
         ", \"giver\": {}, \"part_bytes\": {}, \"room_bytes\": {}, \"fastest\": {},\n    "

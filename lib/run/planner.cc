@@ -338,12 +338,14 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
   Solution solution = solve_placement(problem);
   const auto fits = [&] { return cost_of(problem, solution.placement).bytes_over == 0; };
   // Takes the placement for another room where there is one.
+  Room taken = rooms[0];
   const auto settle_for = [&](const Room& room) -> Result<bool> {
     FATHOM_TRY_ASSIGN(SolverProblem other, problem_of(room));
     if (least_bytes_over(other) > 0) return false;
     Solution solved = solve_placement(other);
     if (cost_of(other, solved.placement).bytes_over > 0) return false;
     solution = std::move(solved);
+    taken = room;
     problem = std::move(other);
     return true;
   };
@@ -355,6 +357,8 @@ Status Planner::place_model(const Config& config, const PlacementPins& pins, Wan
     }
   }
   plan.balance = weigh(problem, solution);
+  plan.balance.chunk_tokens = taken.chunk;
+  plan.balance.context_tokens = taken.context;
   plan.placement = std::move(solution.placement);
   for (std::string& line : explain_placement(problem, plan))
     plan.remarks.push_back(std::move(line));

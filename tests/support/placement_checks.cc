@@ -270,6 +270,14 @@ class Refuter {
     });
   }
 
+  int64_t on_hosts(const Parts& parts) const {
+    int64_t sum = 0;
+    for (const std::vector<int64_t>& counts : parts.experts)
+      for (size_t d = 0; d < counts.size(); ++d)
+        if (p_.is_host[d]) sum += counts[d];
+    return sum;
+  }
+
   void cause() {
     const Parts even = parts_of(b_.even, p_.n_devices);
     const Priced then = price(even);
@@ -305,21 +313,18 @@ class Refuter {
       case UnevenCause::kTransfers: {
         if (!fits) say("transfers: no part fits");
         if (!cards_alike()) say("transfers: the cards differ");
-        // But for what goes over links beyond one hop from card to card it would be taken.
+        // What makes the evener placement longer are its ways, or experts on slower devices.
         SolverProblem free = p_;
         for (run::SolverPass& pass : free.passes)
           for (auto* ways : {&pass.hand_over, &pass.round_trip})
             for (std::vector<double>& row : *ways) std::ranges::fill(row, 0.0);
-        const run::SolverPass& pass = p_.passes.front();
-        const double hops =
-            static_cast<double>(cards_.size() - 1) *
-            pass.hand_over[static_cast<size_t>(cards_[0])][static_cast<size_t>(cards_[1])];
-        const double ways = then.cost.latency - cost_of(free, b_.even).latency - hops;
-        const PlacementSeconds without{.step = then.cost.latency - ways,
-                                       .goal = then.cost.makespan - pass.weight * ways};
-        if (too_dear(without))
-          say(fmt::format("transfers: without them it would still take {:.4f} ms, {:.4f} ms in all",
-                          without.step * 1e3, without.goal * 1e3));
+        const PlacementCost even_free = cost_of(free, b_.even);
+        const PlacementCost now_free = cost_of(free, plan_.placement);
+        const bool longer = even_free.latency > kMostForEven * now_free.latency ||
+                            even_free.makespan > kMostForEven * now_free.makespan;
+        if (longer && on_hosts(even) <= on_hosts(parts_))
+          say(fmt::format("transfers: without any it would still take {:.4f} ms instead of {:.4f}",
+                          even_free.latency * 1e3, now_free.latency * 1e3));
         break;
       }
       case UnevenCause::kUnlike:
