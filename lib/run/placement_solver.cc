@@ -379,23 +379,30 @@ Solution solve_placement(const SolverProblem& p) {
     // The cheapest within the bounds, from the evenest found so far; what is not too dear is taken.
     std::optional<PlacementState> even;
     double even_miss = 0, even_price = 0;
-    from.insert(from.begin(), {best, fastest_state, best});
+    const auto consider_even = [&](PlacementState& s) {
+      descent.polish(s, fastest);
+      const PlacementCost c = descent.cost(s);
+      if (c.bytes_over > fastest.bytes_over) return;
+      const double miss = balance_of(p, c).miss;
+      const double price = std::max(c.makespan / fastest.makespan, c.latency / fastest.latency);
+      if (!even || miss < even_miss || (miss == even_miss && price < even_price))
+        even = s, even_miss = miss, even_price = price;
+    };
+    for (const PlacementState& start : {best, fastest_state}) {
+      PlacementState s = start;
+      descent.approach_bounds(s);
+      consider_even(s);
+    }
+    from.insert(from.begin(), best);
     descent.aim_at(Aim::kBounds, kBoundsPart, fastest);
-    for (size_t i = 0; i < from.size() && !descent.ended(); ++i) {
-      PlacementState& s = from[i];
-      if (i < 2) descent.approach_bounds(s);
+    for (PlacementState& s : from) {
+      if (descent.ended()) break;
       for (const double weight : {1, 4, 16}) {
         descent.set_miss_weight(weight);
         descent.improve(s);
         if (balance_of(p, descent.cost(s)).miss == 0) break;
       }
-      descent.polish(s, fastest);
-      const PlacementCost c = descent.cost(s);
-      if (c.bytes_over > fastest.bytes_over) continue;
-      const double miss = balance_of(p, c).miss;
-      const double price = std::max(c.makespan / fastest.makespan, c.latency / fastest.latency);
-      if (!even || miss < even_miss || (miss == even_miss && price < even_price))
-        even = s, even_miss = miss, even_price = price;
+      consider_even(s);
     }
     if (even && even_miss == 0 && !dear(descent.cost(*even)))
       best = *even;

@@ -320,9 +320,12 @@ class Refuter {
             for (std::vector<double>& row : *ways) std::ranges::fill(row, 0.0);
         const PlacementCost even_free = cost_of(free, b_.even);
         const PlacementCost now_free = cost_of(free, plan_.placement);
-        const bool longer = even_free.latency > kMostForEven * now_free.latency ||
-                            even_free.makespan > kMostForEven * now_free.makespan;
-        if (longer && on_hosts(even) <= on_hosts(parts_))
+        // One of the two limits that it breaks must be one that it would keep without them.
+        const bool by_step = b_.even_seconds.step > kMostForEven * b_.fastest.step &&
+                             even_free.latency <= kMostForEven * now_free.latency;
+        const bool by_goal = b_.even_seconds.goal > kMostForEven * b_.fastest.goal &&
+                             even_free.makespan <= kMostForEven * now_free.makespan;
+        if (!by_step && !by_goal && on_hosts(even) <= on_hosts(parts_))
           say(fmt::format("transfers: without any it would still take {:.4f} ms instead of {:.4f}",
                           even_free.latency * 1e3, now_free.latency * 1e3));
         break;
