@@ -1,7 +1,7 @@
 // The placement solver on numbers: against all placements of small instances, on shapes where the
 // best is known, and within its time.
 #include <catch2/catch.hpp>
-#include <chrono>
+#include <ctime>
 #include <random>
 
 #include "lib/run/placement_solver.h"
@@ -179,12 +179,14 @@ TEST_CASE("pins are kept by the solver", "[placement][solver]") {
 TEST_CASE("eight devices and 61 layers are solved in time", "[placement][solver]") {
   SolverProblem p = problem_of(8, 61, 256, {1, 1, 1.5, 1.5, 2, 2, 1, 20}, 1);
   for (size_t d = 0; d < 7; ++d) p.budget[d] = 12000;
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();  // of the processor: tests share theirs
   const PlacementCost cost = cost_of(p, solve_placement(p).placement);
-  const double seconds =
-      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  const double seconds = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+  INFO(seconds << " s");
   CHECK(cost.bytes_over == 0);
-  CHECK(seconds < 5);  // 1 second on a quiet machine: RESULTS.md; tests share theirs
+#if defined(__OPTIMIZE__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  CHECK(seconds < 5);  // 1 second on a quiet machine: RESULTS.md
+#endif
 }
 
 }  // namespace
