@@ -222,37 +222,33 @@ void widen(const void* weights, int64_t n, float scale, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = kRead(w, i) * scale;
 }
 
-template <ReadPlain kRead>
-void plain_dot(const PlainDot& p) {
+// out (+)= the sums of term(row of weights, column, its scale, activation).
+template <class Term>
+void sum_terms(const PlainDot& p, Term&& term) {
   for (int64_t c = 0; c < p.n_outputs; ++c) {
     const auto* w = static_cast<const uint8_t*>(p.weights) + c * p.weight_bytes;
     for (int64_t i = 0; i < p.n_rows; ++i) {
       const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
       double sum = 0;
-      for (int64_t k = 0; k < p.n; ++k) {
-        const float scale = p.scales == nullptr ? 1.0f : p.scales[k / kScaleColumns];
-        sum += static_cast<double>(kRead(w, k)) * scale * x[k];
-      }
+      for (int64_t k = 0; k < p.n; ++k)
+        sum += term(w, k, p.scales == nullptr ? 1.0f : p.scales[k / kScaleColumns], x[k]);
       float& out = p.out[i * p.out_stride + c];
       out = p.add ? out + static_cast<float>(sum) : static_cast<float>(sum);
     }
   }
 }
 
+template <ReadPlain kRead>
+void plain_dot(const PlainDot& p) {
+  sum_terms(p, [](const uint8_t* w, int64_t k, float scale, float x) {
+    return static_cast<double>(kRead(w, k)) * scale * x;
+  });
+}
+
 void f8_pair_dot(const PlainDot& p) {
-  for (int64_t c = 0; c < p.n_outputs; ++c) {
-    const auto* w = static_cast<const uint8_t*>(p.weights) + c * p.weight_bytes;
-    for (int64_t i = 0; i < p.n_rows; ++i) {
-      const float* x = p.x + (p.rows ? p.rows[i] : i) * p.x_stride;
-      double sum = 0;
-      for (int64_t k = 0; k < p.n; ++k) {
-        const float scaled = p.scales == nullptr ? x[k] : x[k] * p.scales[k / kScaleColumns];
-        sum += static_cast<double>(read_f8(w, k)) * bf16_to_f32(f32_to_bf16(scaled));
-      }
-      float& out = p.out[i * p.out_stride + c];
-      out = p.add ? out + static_cast<float>(sum) : static_cast<float>(sum);
-    }
-  }
+  sum_terms(p, [](const uint8_t* w, int64_t k, float scale, float x) {
+    return static_cast<double>(read_f8(w, k)) * bf16_to_f32(f32_to_bf16(x * scale));
+  });
 }
 
 void transpose16(const float* rows, int64_t row_stride, int64_t n, float* panel) {

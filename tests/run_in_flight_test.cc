@@ -181,47 +181,10 @@ TEST_CASE("chunks that take turns stop between chunks, and go on", "[in_flight]"
 }
 
 // A device whose sync() fails once, when `syncs` comes to zero.
-class Failing final : public run::ForwardingDevice {
+class Failing final : public run::ForwardingBackend {
  public:
   Failing(std::unique_ptr<Backend> real, std::atomic<int>& syncs)
-      : ForwardingDevice(std::move(real)), syncs_(syncs) {}
-  void embed(const OpContext& o, const EmbedParams& p) noexcept override { real_->embed(o, p); }
-  void rms_norm(const OpContext& o, const RmsNormParams& p) noexcept override {
-    real_->rms_norm(o, p);
-  }
-  void matmul(const OpContext& o, const MatmulParams& p) noexcept override { real_->matmul(o, p); }
-  void heads_matmul(const OpContext& o, const HeadsMatmulParams& p) noexcept override {
-    real_->heads_matmul(o, p);
-  }
-  void rope_table(const OpContext& o, const RopeTableParams& p) noexcept override {
-    real_->rope_table(o, p);
-  }
-  void rope(const OpContext& o, const RopeParams& p) noexcept override { real_->rope(o, p); }
-  void kv_append(const OpContext& o, const KvAppendParams& p) noexcept override {
-    real_->kv_append(o, p);
-  }
-  void kv_convert(const OpContext& o, const KvConvertParams& p) noexcept override {
-    real_->kv_convert(o, p);
-  }
-  void attend_absorbed(const OpContext& o, const AttendAbsorbedParams& p) noexcept override {
-    real_->attend_absorbed(o, p);
-  }
-  void merge_attention(const OpContext& o, const MergeAttentionParams& p) noexcept override {
-    real_->merge_attention(o, p);
-  }
-  void attend_expanded(const OpContext& o, const AttendExpandedParams& p) noexcept override {
-    real_->attend_expanded(o, p);
-  }
-  void route(const OpContext& o, const RouteParams& p) noexcept override { real_->route(o, p); }
-  void ffn(const OpContext& o, const FfnParams& p) noexcept override { real_->ffn(o, p); }
-  void experts(const OpContext& o, const ExpertsParams& p) noexcept override {
-    real_->experts(o, p);
-  }
-  void add(const OpContext& o, const AddParams& p) noexcept override { real_->add(o, p); }
-  void sum_experts(const OpContext& o, const SumExpertsParams& p) noexcept override {
-    real_->sum_experts(o, p);
-  }
-  void top_k(const OpContext& o, const TopKParams& p) noexcept override { real_->top_k(o, p); }
+      : ForwardingBackend(std::move(real)), syncs_(syncs) {}
   Status sync(const OpContext& o) noexcept override {
     Status status = real_->sync(o);
     if (syncs_.fetch_sub(1) == 1) return Status(Code::kDevice, "the device failed");
