@@ -20,12 +20,7 @@
 namespace fathom {
 namespace {
 
-std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
-  std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i)
-    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
-  return tokens;
-}
+using test::some_tokens;
 
 // Logits after a prompt, cut into the plan's chunks, and after a step behind it.
 std::vector<float> run(const Model& model, int64_t n) {

@@ -57,26 +57,6 @@ Model load(const Engine& engine, const std::string& path) {
   return std::move(model).value();
 }
 
-// Logits of every position of a prompt cut into chunks, then of a few steps.
-std::vector<float> logits_of(const Model& model) {
-  std::vector<int32_t> tokens;
-  for (int64_t i = 0; i < 90; ++i)
-    tokens.push_back(static_cast<int32_t>(i * 7919 % model.config().vocab_size));
-  Session session = test::new_session(model);
-  std::vector<float> all;
-  RunOptions options;
-  options.on_logits = [&](int64_t, std::span<const float> row) {
-    all.insert(all.end(), row.begin(), row.end());
-    return true;
-  };
-  test::require_ok(session.prefill(tokens, options));
-  for (const int32_t token : {3, 1, 4}) {
-    test::require_ok(session.step(token));
-    all.insert(all.end(), session.logits().begin(), session.logits().end());
-  }
-  return all;
-}
-
 // Every device holds what the plan says, to the byte, and never held more.
 void check_ledger(const Model& model) {
   const Plan& plan = model.plan();
@@ -103,7 +83,7 @@ test::Settings with(test::Settings settings, const test::Settings& more) {
 void check_model(const char* name) {
   const std::string path = test::test_data(name);
   const std::vector<float> expected =
-      logits_of(test::load_model(path, with(kCommon, {{"threads", "1"}})));
+      test::logits_and_steps(test::load_model(path, with(kCommon, {{"threads", "1"}})));
   for (const int n_nodes : {1, 2, 3})
     for (const bool devices : {false, true}) {
       INFO(name << " on " << n_nodes << " nodes as " << (devices ? "devices" : "rows"));
@@ -113,7 +93,7 @@ void check_model(const char* name) {
                                                : test::Settings{{"numa", "rows"}, {"threads", "3"}}));
       CHECK(engine.n_devices() == (devices ? n_nodes : 1));
       const Model model = load(engine, path);
-      const auto diff = test::first_bit_difference(expected, logits_of(model));
+      const auto diff = test::first_bit_difference(expected, test::logits_and_steps(model));
       CHECK(diff.index == -1);
       check_ledger(model);
       CHECK(model.load_report() == model.plan().remarks);  // nothing was refused
@@ -196,7 +176,7 @@ TEST_CASE("nodes as devices: each with its threads, its memory and its free byte
   // Further than sockets are: 32 instead of 20.
   CHECK(described.link(0, 1).bytes_per_s == Approx(40e9 * 20 / 32));
   const Model model = load(engine, test::test_data("models/tiny-v3"));
-  logits_of(model);
+  test::logits_and_steps(model);
   // A thread of the library for each device, on its node.
   for (const auto& cpus : machine.system.bound())
     CHECK((cpus == std::vector<int>{0} || cpus == std::vector<int>{1}));
@@ -264,7 +244,7 @@ TEST_CASE("names that are no nodes are refused", "[numa]") {
 TEST_CASE("what is refused is logged, reported and marked, and the model runs", "[numa]") {
   const std::string path = test::test_data("quant/quant.Q8_0.gguf");
   const std::vector<float> expected =
-      logits_of(test::load_model(path, with(kCommon, {{"threads", "1"}})));
+      test::logits_and_steps(test::load_model(path, with(kCommon, {{"threads", "1"}})));
   for (const bool devices : {false, true}) {
     Machine machine(2);
     machine.system.memory_error = EPERM;
@@ -290,7 +270,7 @@ TEST_CASE("what is refused is logged, reported and marked, and the model runs", 
     CHECK(marks == static_cast<int64_t>(n));
     test::require_ok(engine.stop_timeline());
     engine.reset_peaks();
-    const auto diff = test::first_bit_difference(expected, logits_of(model));
+    const auto diff = test::first_bit_difference(expected, test::logits_and_steps(model));
     CHECK(diff.index == -1);
     check_ledger(model);
   }

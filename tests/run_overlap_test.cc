@@ -15,12 +15,7 @@
 namespace fathom {
 namespace {
 
-std::vector<int32_t> some_tokens(int64_t n, int64_t vocab, int64_t seed = 0) {
-  std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i)
-    tokens[static_cast<size_t>(i)] = static_cast<int32_t>((i + seed) * 7919 % vocab);
-  return tokens;
-}
+using test::some_tokens;
 
 // Waits until `done`, for 20 seconds or so long at most; whether it was.
 template <class Done>

@@ -13,30 +13,7 @@
 namespace fathom {
 namespace {
 
-std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
-  std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i)
-    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
-  return tokens;
-}
-
-// Logits of every position of a prompt cut into chunks, then of a few steps.
-std::vector<float> run(const Model& model) {
-  const auto tokens = some_tokens(90, model.config().vocab_size);
-  Session session = test::new_session(model);
-  std::vector<float> all;
-  RunOptions options;
-  options.on_logits = [&](int64_t, std::span<const float> row) {
-    all.insert(all.end(), row.begin(), row.end());
-    return true;
-  };
-  test::require_ok(session.prefill(tokens, options));
-  for (int32_t token : {3, 1, 4}) {
-    test::require_ok(session.step(token));
-    all.insert(all.end(), session.logits().begin(), session.logits().end());
-  }
-  return all;
-}
+using test::some_tokens;
 
 // What every device holds now is what the plan says of decoding, and never was over its budget.
 void check_ledger(const Model& model) {
@@ -90,7 +67,7 @@ void check_placements(const char* name) {
   const std::string path = test::test_data(name);
   const Model one =
       test::load_model(path, {{"context.max", "100"}, {"prefill.chunk", "33"}, {"threads", "1"}});
-  const std::vector<float> expected = run(one);
+  const std::vector<float> expected = test::logits_and_steps(one);
   for (const test::Settings& placement : kPlacements) {
     test::Settings settings = placement;
     settings.insert(settings.end(),
@@ -100,7 +77,7 @@ void check_placements(const char* name) {
     if (text.find("-7") != std::string::npos && one.config().n_routed_experts < 8) continue;
     INFO(name << " with " << text);
     const Model model = test::load_model(path, settings);
-    const auto diff = test::first_bit_difference(expected, run(model));
+    const auto diff = test::first_bit_difference(expected, test::logits_and_steps(model));
     CHECK(diff.index == -1);
     check_ledger(model);
   }
@@ -209,7 +186,8 @@ TEST_CASE("two devices of 60 % of a model run it, each under its budget at all t
     auto model = Model::load(*engine, *plan);
     INFO(model.status().message());
     REQUIRE(model.ok());
-    const auto diff = test::first_bit_difference(run(one), run(*model));
+    const auto diff =
+        test::first_bit_difference(test::logits_and_steps(one), test::logits_and_steps(*model));
     CHECK(diff.index == -1);
     Session session = test::new_session(*model);
     test::require_ok(session.prefill(some_tokens(599, one.config().vocab_size)));

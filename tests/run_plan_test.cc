@@ -67,12 +67,7 @@ int64_t allowed_growth(const Plan& plan) {
   return planned + planned * 3 / 100 + (int64_t{16} << 20) + kSanitizer;
 }
 
-std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
-  std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i)
-    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
-  return tokens;
-}
+using test::some_tokens;
 
 TEST_CASE("planned bytes equal the ledger's bytes after load, prefill and decode", "[plan]") {
   const std::string trained = FATHOM_EXAMPLE_MODEL;

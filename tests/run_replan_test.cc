@@ -19,12 +19,7 @@ test::Settings with(test::Settings settings, const test::Settings& more) {
   return settings;
 }
 
-std::vector<int32_t> some_tokens(int64_t n, int64_t vocab) {
-  std::vector<int32_t> tokens(static_cast<size_t>(n));
-  for (int64_t i = 0; i < n; ++i)
-    tokens[static_cast<size_t>(i)] = static_cast<int32_t>(i * 7919 % vocab);
-  return tokens;
-}
+using test::some_tokens;
 
 Session start(const Model& model, int64_t n = 70) {
   Session session = test::new_session(model);

@@ -3,6 +3,7 @@
 
 #include <catch2/catch.hpp>
 
+#include <cstdint>
 #include <span>
 #include <string>
 #include <utility>
@@ -41,6 +42,31 @@ inline Session new_session(const Model& model, const SessionOptions& options = {
 inline void require_ok(const Status& status) {
   INFO(status.message());
   REQUIRE(status.ok());
+}
+
+// A text without meaning; another one for each seed.
+inline std::vector<int32_t> some_tokens(int64_t n, int64_t vocab, int64_t seed = 0) {
+  std::vector<int32_t> tokens(static_cast<size_t>(n));
+  for (int64_t i = 0; i < n; ++i)
+    tokens[static_cast<size_t>(i)] = static_cast<int32_t>((i + seed) * 7919 % vocab);
+  return tokens;
+}
+
+// Logits of every position of a prompt cut into the plan's chunks, then of a few steps.
+inline std::vector<float> logits_and_steps(const Model& model) {
+  Session session = new_session(model);
+  std::vector<float> all;
+  RunOptions options;
+  options.on_logits = [&](int64_t, std::span<const float> row) {
+    all.insert(all.end(), row.begin(), row.end());
+    return true;
+  };
+  require_ok(session.prefill(some_tokens(90, model.config().vocab_size), options));
+  for (const int32_t token : {3, 1, 4}) {
+    require_ok(session.step(token));
+    all.insert(all.end(), session.logits().begin(), session.logits().end());
+  }
+  return all;
 }
 
 // Logits of all positions of `tokens`, prefilled into a new session in passes of `chunk` (0: the
