@@ -105,6 +105,11 @@ class Planner {
   void set_scratch(Plan& plan, const nn::WeightMap& map, int64_t chunk) const;
   void set_context(Plan& plan, int64_t n_tokens) const;
   bool fits(const Plan& plan) const;
+  // A context that is left to the plan should hold at least this much.
+  static constexpr int64_t kHopedContext = 8192;
+  // The chunk to begin with.  A window of recent 16-bit pages holds at least a chunk, so that what is
+  // cold depends on the number of tokens alone and not on how they were cut.
+  static int64_t default_chunk(const Config& config, int64_t context);
   int64_t longest_context(Plan plan, int64_t limit) const;
   void name_what_binds(Plan& plan) const;
   // alternatives.cc
