@@ -36,10 +36,11 @@ template <class Type>
 constexpr bool kLiesAsTile = Type::kSigned&& Type::kBlock.bytes == PackedQ8_0::kBlock.bytes;
 
 template <class Type>
-inline void read_columns(const uint8_t* block, int sub, TileColumns& out) {
+inline void read_columns(const uint8_t* block, const OpenBlock<Type>& factors, int sub,
+                         TileColumns& out) {
   for (int h = 0; h < kHalves; ++h) {
     Columns32 c;
-    Type::read(block, sub, h, Type::factors(block, h), c);
+    Type::read(block, sub, h, factors[h], c);
     f_store(out.scale + kLanes * h, c.scale);
     if constexpr (Type::kTwoScales) f_store(out.scale_high + kLanes * h, c.scale_high);
     if constexpr (Type::kMin) f_store(out.min + kLanes * h, c.min);
@@ -102,9 +103,10 @@ void amx_int8_group(const uint8_t* group, int64_t n_blocks, const TileRows* tile
   constexpr int kSubs = Type::kBlock.cols / 32;
   int64_t at = 0;
   for (int64_t b = 0; b < n_blocks; ++b, group += Type::kBlock.bytes) {
+    const OpenBlock<Type> factors(group);
     for (int s = 0; s < kSubs; ++s, ++at) {
       TileColumns columns;
-      read_columns<Type>(group, s, columns);
+      read_columns<Type>(group, factors, s, columns);
       const uint8_t* codes = columns.codes;
       if constexpr (kLiesAsTile<Type>) codes = group + Type::kCodes;
       load_b(codes);

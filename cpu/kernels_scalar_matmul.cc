@@ -48,10 +48,23 @@ int bit_pair(const uint8_t* bits, int row, int col) noexcept {
   const int quad = col / 4;
   return bits[64 * (quad / 4) + 4 * row + col % 4] >> (2 * (quad % 4)) & 3;
 }
-// Scale number `index` of six bits; see PackedQ3_K.
-int six_bits(const uint8_t* low, const uint8_t* high, int row, int index) noexcept {
-  return (low[16 * (index / 2) + row] >> (4 * (index % 2)) & 15) |
-         (high[16 * (index / 4) + row] >> (2 * (index % 4)) & 3) << 4;
+// Scale `index` of the 16 n of six bits of all rows.
+int six_bits(const uint8_t* low, const uint8_t* high, int n, int index) noexcept {
+  return (low[index % (8 * n)] >> (4 * (index / (8 * n))) & 15) |
+         (high[index % (4 * n)] >> (2 * (index / (4 * n))) & 3) << 4;
+}
+// The code of a column of 32; see PackedQ2_K.
+int two_bits(const uint8_t* codes, int row, int col) noexcept {
+  const int quad = col / 4;
+  const int shift = 4 * (quad % 2) + 2 * (quad / 4);
+  return codes[64 * (quad % 4 / 2) + 4 * row + col % 4] >> shift & 3;
+}
+// The same; see PackedQ3_K.
+int three_bits(const uint8_t* codes, int row, int col) noexcept {
+  const int quad = col / 4, last = quad / 4;
+  const uint8_t* byte = codes + 4 * row + col % 4;
+  if (quad % 4 < 3) return byte[64 * (quad % 4)] >> (3 * last) & 7;
+  return byte[64 * last] >> 6 | (byte[128] >> (6 + last) & 1) << 2;
 }
 
 PackedValue read_q4_1(const uint8_t* block, int row, int col) noexcept {
@@ -77,8 +90,9 @@ PackedValue read_iq4_nl(const uint8_t* block, int row, int col) noexcept {
 
 PackedValue read_iq4_xs(const uint8_t* block, int row, int col) noexcept {
   const int sub = col / 32;
-  const int scale =
-      six_bits(block + PackedIQ4_XS::kScales, block + PackedIQ4_XS::kHighScales, row, sub) - 32;
+  const int scale = six_bits(block + PackedIQ4_XS::kScales, block + PackedIQ4_XS::kHighScales, 8,
+                             16 * sub + row) -
+                    32;
   const uint8_t* codes = block + PackedIQ4_XS::kCodes + PackedIQ4_XS::kSubBytes * sub;
   return {load_f16(block + 2 * row) * static_cast<float>(scale), 0,
           kIQ4Values[nibble(codes, row, col % 32)]};
@@ -89,16 +103,16 @@ PackedValue read_q2_k(const uint8_t* block, int row, int col) noexcept {
   const uint8_t* codes = block + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * (col / 32);
   return {load_f16(block + 2 * row) * static_cast<float>(scales & 15),
           load_f16(block + PackedQ2_K::kMinFactors + 2 * row) * static_cast<float>(scales >> 4),
-          bit_pair(codes, row, col % 32)};
+          two_bits(codes, row, col % 32)};
 }
 
 PackedValue read_q3_k(const uint8_t* block, int row, int col) noexcept {
-  const int scale =
-      six_bits(block + PackedQ3_K::kScales, block + PackedQ3_K::kHighScales, row, col / 16) - 32;
+  const int scale = six_bits(block + PackedQ3_K::kScales, block + PackedQ3_K::kHighScales, 16,
+                             32 * (col / 32) + 2 * row + col / 16 % 2) -
+                    32;
   const uint8_t* codes = block + PackedQ3_K::kCodes + PackedQ3_K::kSubBytes * (col / 32);
-  const int code =
-      bit_pair(codes, row, col % 32) | single_bit(codes + PackedQ3_K::kHigh, row, col % 32) << 2;
-  return {load_f16(block + 2 * row) * static_cast<float>(scale), 0, code - 4};
+  return {load_f16(block + 2 * row) * static_cast<float>(scale), 0,
+          three_bits(codes, row, col % 32) - 4};
 }
 
 // What Q4_K and Q5_K share: all but the fifth bit.

@@ -35,9 +35,11 @@ template <class Type>
 inline F add_pairs(const Columns32& c, const Pairs& pairs, const Factors& f, const XBlock& x,
                    F sum) {
   static_assert(16 * 127 * Type::kMaxCode <= 32767);
+  constexpr int kShift = Type::kLastShift;
   const I zero = i_set(0);
-  I dots = i_join_pairs(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q, zero),
-                        i_dot_unsigned<Type::kMaxCode, 4>(c.w + 4, x.q + 16, zero));
+  I dots =
+      i_join_pairs<kShift>(i_dot_unsigned<Type::kMaxCode, 4>(c.w, x.q, zero),
+                           i_dot_unsigned<(Type::kMaxCode << kShift), 4>(c.w + 4, x.q + 16, zero));
   static_assert(Type::kOffset == 0 || Type::kOffset == 4);
   if constexpr (Type::kOffset == 4) dots = i_sub_pairs(dots, i_shift_left_pairs<2>(sums_of(x)));
   F part = f_mul(f_from_i(i_dot_pairs(dots, pairs.scales)), f.d);
@@ -88,8 +90,7 @@ void int8_tile(const uint8_t* group, int64_t n_blocks, const XBlock* const* x_ro
     for (int r = 0; r < kRows; ++r) sum[h][r] = f_zero();
   int64_t at = 0;
   for (int64_t b = 0; b < n_blocks; ++b, group += Type::kBlock.bytes) {
-    Factors factors[kHalves];
-    for (int h = 0; h < kHalves; ++h) factors[h] = Type::factors(group, h);
+    const OpenBlock<Type> factors(group);
     for (int s = 0; s < kSubs; ++s, ++at) {
       if constexpr (kRows <= 2 && Type::kPrefetch)
         prefetch_weights<Type::kBlock.bytes / kSubs>(group + s * (Type::kBlock.bytes / kSubs));
@@ -97,7 +98,7 @@ void int8_tile(const uint8_t* group, int64_t n_blocks, const XBlock* const* x_ro
         Columns32 c;
         if constexpr (Type::kPairs) {
           Type::codes(group, s, h, c);
-          const Pairs pairs = Type::pairs(group, s, h);
+          const Pairs pairs = Type::pairs(group, s, h, factors[h]);
           for (int r = 0; r < kRows; ++r)
             sum[h][r] = add_pairs<Type>(c, pairs, factors[h], x_rows[r][at], sum[h][r]);
         } else {
@@ -207,10 +208,11 @@ template <class Type>
 void unpack(const uint8_t* group, int64_t col0, int64_t n_cols, float* panel) {
   for (int64_t col = col0; col < col0 + n_cols; col += 32, panel += 32 * kGroupRows) {
     const uint8_t* block = group + col / Type::kBlock.cols * Type::kBlock.bytes;
+    const OpenBlock<Type> factors(block);
     const int sub = static_cast<int>(col % Type::kBlock.cols / 32);
     for (int h = 0; h < kHalves; ++h) {
       Columns32 c;
-      Type::read(block, sub, h, Type::factors(block, h), c);
+      Type::read(block, sub, h, factors[h], c);
       for (int q = 0; q < 8; ++q) {
         const bool second = Type::kTwoScales && q >= 4;
         const F scale = second ? c.scale_high : c.scale;

@@ -39,6 +39,15 @@ struct PackedBlock {
 // vector j is quad j, the high half quad j + 4.  Single bits of 32 columns lie in one vector: bit j
 // belongs to quad j.  Pairs of bits lie in two: bits 2 p, 2 p + 1 of vector v belong to quad 4 v +
 // p.
+//
+// Codes of two and three bits of 32 columns lie so that the last 16 columns need fewer shifts:
+// their dot product is taken of codes where they lie, 4 or 8 times too large, and shifted as a
+// whole.
+//
+// Scales of six bits, n to each row, are taken apart for a whole block, 32 bytes at a time: with
+// the scales of all rows in the order of their use, 16 n of them, u8 low[8 n] has the low four bits
+// of scale i in the low half of byte i, of scale i + 8 n in the high half; u8 high[4 n] has two
+// bits each of scales i, i + 4 n, i + 8 n, i + 12 n.
 
 // f16 d[16]; int8 codes: vector q is quad q.
 struct PackedQ8_0 {
@@ -75,19 +84,23 @@ struct PackedIQ4_NL {
 // stream inside a block, 2 KB away, cut the rate of reading from memory to a third.
 
 // f16 d[16], dmin[16]; u8 scales[8][16][2], two per 32 columns of a row, side by side: scale in the
-// low half, min in the high one; codes: pairs of bits of 8 times 32 columns.
+// low half, min in the high one; codes of 8 times 32 columns in two vectors each: bits 0 and 1 of
+// vector v are quad 2 v, bits 2 and 3 quad 2 v + 4, bits 4 and 5 quad 2 v + 1, bits 6 and 7 quad 2
+// v + 5.
 struct PackedQ2_K {
   static constexpr PackedBlock kBlock{256, 1344};
   static constexpr int kMinFactors = 32, kScales = 64, kCodes = 320;
   static constexpr int kSubBytes = 128;
 };
 // f16 d[16], 32 bytes of padding, so that codes begin on cache lines; scales of 6 bits, one per 16
-// columns: u8 low[8][16], the low four bits of scales 2 s (low half) and 2 s + 1; u8 high[4][16],
-// two bits each of scales 4 t .. 4 t + 3; then 8 times pairs of bits and third bits of 32 columns.
+// columns, in the order [8][16 rows][2]; codes of 8 times 32 columns in three vectors each: bits 0
+// to 2 of vector v are quad v, bits 3 to 5 quad v + 4.  Quad 3 has its low bits in bits 6 and 7 of
+// vector 0 and its high one in bit 6 of vector 2, quad 7 in bits 6 and 7 of vector 1 and bit 7 of
+// vector 2.
 struct PackedQ3_K {
   static constexpr PackedBlock kBlock{256, 1792};
   static constexpr int kScales = 64, kHighScales = 192, kCodes = 256;
-  static constexpr int kSubBytes = 192, kHigh = 128;
+  static constexpr int kSubBytes = 192;
 };
 // f16 d[16], dmin[16]; u8 scales[8][16], mins[8][16]; nibbles of 8 times 32 columns.
 struct PackedQ4_K {
@@ -108,9 +121,8 @@ struct PackedQ6_K {
   static constexpr int kScales = 64, kCodes = 320;
   static constexpr int kSubBytes = 384, kHigh = 256;
 };
-// f16 d[16]; scales of 6 bits, one per 32 columns: u8 low[4][16], the low four bits of scales 2 s
-// (low half) and 2 s + 1; u8 high[2][16], two bits each of scales 4 t .. 4 t + 3; nibbles of 8
-// times 32 columns: numbers into kIQ4Values.
+// f16 d[16]; scales of 6 bits, one per 32 columns, in the order [8][16 rows]; nibbles of 8 times 32
+// columns: numbers into kIQ4Values.
 struct PackedIQ4_XS {
   static constexpr PackedBlock kBlock{256, 2176};
   static constexpr int kScales = 32, kHighScales = 96, kCodes = 128;

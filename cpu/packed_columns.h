@@ -1,9 +1,12 @@
 // How the packed types of packed_blocks.h are read, over the vectors of simd_<isa>.h: 32 columns of
 // one half (kLanes rows) at a time.  Include the vectors first.
 //
-// Factors: what is constant in a block.   Columns32: codes and scales of 32 columns.
-// value = scale * (code - kOffset) - min.  Types whose 16-column scales are small integers that are
-// multiplied as such (kPairs) also have pairs(): scales and mins as pairs of int16.
+// Factors: what is constant in a block, of one half.   Columns32: codes and scales of 32 columns.
+// value = scale * (code - kOffset) - min.
+//
+// Types whose 16-column scales are small integers that are multiplied as such (kPairs) also have
+// pairs(), scales and mins as pairs of int16, and codes(), which leaves the last 16 columns
+// 2^kLastShift times too large.
 #pragma once
 
 #include <stdint.h>
@@ -18,6 +21,7 @@ constexpr int kHalves = kGroupRows / kLanes;  // vectors that 16 rows take
 
 struct Factors {
   F d, dmin;
+  const int8_t* scales = nullptr;  // those of six bits, of all rows, as OpenBlock has them
 };
 
 struct Columns32 {
@@ -27,42 +31,67 @@ struct Columns32 {
   F min = f_zero(), min_high = f_zero();
 };
 
+// Scales of six bits, n to each row, less 32: vector j of n / 2 and those after it.
+template <int n, int j = 0>
+inline void unpack_six_bits(const uint8_t* low, const uint8_t* high, int8_t* scales) {
+  if constexpr (j < n / 2) {
+    constexpr int kSecond = j / (n / 4), kPart = j / (n / 8);
+    const S low4 = s_bits<4 * kSecond, 15>(s_load(low + 32 * (j % (n / 4))));
+    const S all = s_or_bits<2 * kPart - 4, 48>(low4, s_load(high + 32 * (j % (n / 8))));
+    s_store(scales + 32 * j, s_sub(all, 32));
+    unpack_six_bits<n, j + 1>(low, high, scales);
+  }
+}
+
+template <class Type>
+constexpr int six_bit_scales() {
+  if constexpr (requires { Type::kHighScales; })
+    return (Type::kHighScales - Type::kScales) / 8;
+  else
+    return 0;
+}
+
+// What is read once of a block, whose scales of six bits are taken apart here.
+template <class Type>
+class OpenBlock {
+ public:
+  explicit OpenBlock(const uint8_t* block) {
+    if constexpr (kScales > 0)
+      unpack_six_bits<kScales>(block + Type::kScales, block + Type::kHighScales, scales_);
+    for (int h = 0; h < kHalves; ++h) {
+      factors_[h] = Type::factors(block, h);
+      if constexpr (kScales > 0) factors_[h].scales = scales_;
+    }
+  }
+  OpenBlock(const OpenBlock&) = delete;
+  OpenBlock& operator=(const OpenBlock&) = delete;
+  const Factors& operator[](int half) const { return factors_[half]; }
+
+ private:
+  static constexpr int kScales = six_bit_scales<Type>();
+  Factors factors_[kHalves];
+  alignas(32) int8_t scales_[kScales > 0 ? 16 * kScales : 1];
+};
+
 inline void load_nibbles(const uint8_t* codes, Columns32& c) {
   for (int j = 0; j < 4; ++j) {
     const B pairs = b_load(codes + 64 * j);
-    c.w[j] = b_low4(pairs);
-    c.w[j + 4] = b_high4(pairs);
+    c.w[j] = b_bits<0, 15>(pairs);
+    c.w[j + 4] = b_bits<4, 15>(pairs);
   }
 }
 
 // The fifth bits of eight quads.
 inline void add_fifth_bits(const uint8_t* high, Columns32& c) {
   const B bits = b_load(high);
-  c.w[0] = b_fifth_bit<0>(c.w[0], bits);
-  c.w[1] = b_fifth_bit<1>(c.w[1], bits);
-  c.w[2] = b_fifth_bit<2>(c.w[2], bits);
-  c.w[3] = b_fifth_bit<3>(c.w[3], bits);
-  c.w[4] = b_fifth_bit<4>(c.w[4], bits);
-  c.w[5] = b_fifth_bit<5>(c.w[5], bits);
-  c.w[6] = b_fifth_bit<6>(c.w[6], bits);
-  c.w[7] = b_fifth_bit<7>(c.w[7], bits);
-}
-
-inline void load_bit_pairs(const uint8_t* codes, Columns32& c) {
-  const B low = b_load(codes), high = b_load(codes + 64);
-  c.w[0] = b_bit_pair<0>(low);
-  c.w[1] = b_bit_pair<1>(low);
-  c.w[2] = b_bit_pair<2>(low);
-  c.w[3] = b_bit_pair<3>(low);
-  c.w[4] = b_bit_pair<0>(high);
-  c.w[5] = b_bit_pair<1>(high);
-  c.w[6] = b_bit_pair<2>(high);
-  c.w[7] = b_bit_pair<3>(high);
-}
-
-// Signed scales of six bits from their two parts, which begin at the bits given.
-inline S six_bit_scales(S low, int low_shift, S high, int high_shift) {
-  return s_sub(s_or(s_bits(low, low_shift, 15), s_high2(high, high_shift)), 32);
+  c.w[0] = b_or_bits<-4, 16>(c.w[0], bits);
+  c.w[1] = b_or_bits<-3, 16>(c.w[1], bits);
+  c.w[2] = b_or_bits<-2, 16>(c.w[2], bits);
+  c.w[3] = b_or_bits<-1, 16>(c.w[3], bits);
+  c.w[4] = b_or_bits<0, 16>(c.w[4], bits);
+  c.w[5] = b_or_bits<1, 16>(c.w[5], bits);
+  c.w[6] = b_or_bits<2, 16>(c.w[6], bits);
+  c.w[7] = b_or_bits<3, 16>(c.w[7], bits);
 }
 
 struct Pairs {
@@ -70,10 +99,12 @@ struct Pairs {
   I mins = i_set(0);
 };
 
-// The scales of a type that has pairs().
+// Codes and scales of a type that has pairs().
 template <class Type>
 inline void read_pairs(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-  const Pairs pairs = Type::pairs(block, sub, half);
+  Type::codes(block, sub, half, c);
+  for (int q = 4; q < 8; ++q) c.w[q] = b_bits<Type::kLastShift, Type::kMaxCode>(c.w[q]);
+  const Pairs pairs = Type::pairs(block, sub, half, f);
   c.scale = f_mul(f.d, f_from_i(i_first_of_pairs(pairs.scales)));
   c.scale_high = f_mul(f.d, f_from_i(i_last_of_pairs(pairs.scales)));
   if constexpr (Type::kMin) {
@@ -169,8 +200,11 @@ struct ReadIQ4 : Layout {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
   }
   static void load(const uint8_t* codes, Columns32& c) {
-    load_nibbles(codes, c);
-    for (int q = 0; q < 8; ++q) c.w[q] = b_iq4_values(c.w[q]);
+    for (int j = 0; j < 4; ++j) {
+      const B pairs = b_load(codes + 64 * j);
+      c.w[j] = b_iq4_values(b_bits<0, 15>(pairs));
+      c.w[j + 4] = b_iq4_values(b_bits<4, 15>(pairs));
+    }
   }
 };
 
@@ -184,29 +218,34 @@ struct ReadIQ4_NL : ReadIQ4<PackedIQ4_NL> {
 struct ReadIQ4_XS : ReadIQ4<PackedIQ4_XS> {
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
     load(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
-    const S low = s_load(block + kScales + 16 * (sub / 2) + kLanes * half);
-    const S high = s_load(block + kHighScales + 16 * (sub / 4) + kLanes * half);
-    c.scale = f_mul(f.d, f_from_i8(six_bit_scales(low, 4 * (sub % 2), high, 2 * (sub % 4))));
+    c.scale = f_mul(f.d, f_load_i8(f.scales + 16 * sub + kLanes * half));
   }
 };
 
 struct ReadQ2_K : PackedQ2_K {
   static constexpr bool kSigned = false, kMin = true, kTwoScales = true, kPairs = true;
   static constexpr bool kPrefetch = true;
-  static constexpr int kMaxCode = 3, kOffset = 0;
+  static constexpr int kMaxCode = 3, kOffset = 0, kLastShift = 2;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half),
             f_load_f16(block + kMinFactors + 2 * kLanes * half)};
   }
   static void codes(const uint8_t* block, int sub, int half, Columns32& c) {
-    load_bit_pairs(block + kCodes + kSubBytes * sub + 4 * kLanes * half, c);
+    const uint8_t* from = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
+    for (int v = 0; v < 2; ++v) {
+      const B bits = b_load(from + 64 * v);
+      const B next = b_bits<4, 15>(bits);
+      c.w[2 * v] = b_bits<0, 3>(bits);
+      c.w[2 * v + 1] = b_bits<0, 3>(next);
+      c.w[2 * v + 4] = b_bits<0, 12>(bits);
+      c.w[2 * v + 5] = b_bits<0, 12>(next);
+    }
   }
-  static Pairs pairs(const uint8_t* block, int sub, int half) {
+  static Pairs pairs(const uint8_t* block, int sub, int half, const Factors&) {
     const I both = i_load_u8_pairs(block + kScales + 32 * sub + 2 * kLanes * half);
     return {i_low_nibbles(both), i_high_nibbles(both)};
   }
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    codes(block, sub, half, c);
     read_pairs<ReadQ2_K>(block, sub, half, f, c);
   }
 };
@@ -215,32 +254,26 @@ struct ReadQ2_K : PackedQ2_K {
 struct ReadQ3_K : PackedQ3_K {
   static constexpr bool kSigned = false, kMin = false, kTwoScales = true, kPairs = true;
   static constexpr bool kPrefetch = true;
-  static constexpr int kMaxCode = 7, kOffset = 4;
+  static constexpr int kMaxCode = 7, kOffset = 4, kLastShift = 3;
   static Factors factors(const uint8_t* block, int half) {
     return {f_load_f16(block + 2 * kLanes * half), f_zero()};
   }
   static void codes(const uint8_t* block, int sub, int half, Columns32& c) {
     const uint8_t* from = block + kCodes + kSubBytes * sub + 4 * kLanes * half;
-    load_bit_pairs(from, c);
-    const B bits = b_load(from + kHigh);
-    c.w[0] = b_third_bit<0>(c.w[0], bits);
-    c.w[1] = b_third_bit<1>(c.w[1], bits);
-    c.w[2] = b_third_bit<2>(c.w[2], bits);
-    c.w[3] = b_third_bit<3>(c.w[3], bits);
-    c.w[4] = b_third_bit<4>(c.w[4], bits);
-    c.w[5] = b_third_bit<5>(c.w[5], bits);
-    c.w[6] = b_third_bit<6>(c.w[6], bits);
-    c.w[7] = b_third_bit<7>(c.w[7], bits);
+    const B v0 = b_load(from), v1 = b_load(from + 64), v2 = b_load(from + 128);
+    c.w[0] = b_bits<0, 7>(v0);
+    c.w[1] = b_bits<0, 7>(v1);
+    c.w[2] = b_bits<0, 7>(v2);
+    c.w[3] = b_or_bits<4, 4>(b_bits<6, 3>(v0), v2);
+    c.w[4] = b_bits<0, 7 << 3>(v0);
+    c.w[5] = b_bits<0, 7 << 3>(v1);
+    c.w[6] = b_bits<0, 7 << 3>(v2);
+    c.w[7] = b_or_bits<2, 4 << 3>(b_bits<3, 3 << 3>(v1), v2);
   }
-  static Pairs pairs(const uint8_t* block, int sub, int half) {
-    const S low = s_load(block + kScales + 16 * sub + kLanes * half);
-    const S high = s_load(block + kHighScales + 16 * (sub / 2) + kLanes * half);
-    const int shift = 4 * (sub % 2);
-    return {i_pairs_from_i8(six_bit_scales(low, 0, high, shift),
-                            six_bit_scales(low, 4, high, shift + 2))};
+  static Pairs pairs(const uint8_t*, int sub, int half, const Factors& f) {
+    return {i_load_i8_pairs(f.scales + 32 * sub + 2 * kLanes * half)};
   }
   static void read(const uint8_t* block, int sub, int half, const Factors& f, Columns32& c) {
-    codes(block, sub, half, c);
     read_pairs<ReadQ3_K>(block, sub, half, f, c);
   }
 };
@@ -287,14 +320,14 @@ struct ReadQ6_K : PackedQ6_K {
     load_nibbles(codes, c);
     const B low = b_load(codes + kHigh);
     const B high = b_load(codes + kHigh + 64);
-    c.w[0] = b_high_bits<0>(c.w[0], low);
-    c.w[1] = b_high_bits<1>(c.w[1], low);
-    c.w[2] = b_high_bits<2>(c.w[2], low);
-    c.w[3] = b_high_bits<3>(c.w[3], low);
-    c.w[4] = b_high_bits<0>(c.w[4], high);
-    c.w[5] = b_high_bits<1>(c.w[5], high);
-    c.w[6] = b_high_bits<2>(c.w[6], high);
-    c.w[7] = b_high_bits<3>(c.w[7], high);
+    c.w[0] = b_or_bits<-4, 48>(c.w[0], low);
+    c.w[1] = b_or_bits<-2, 48>(c.w[1], low);
+    c.w[2] = b_or_bits<0, 48>(c.w[2], low);
+    c.w[3] = b_or_bits<2, 48>(c.w[3], low);
+    c.w[4] = b_or_bits<-4, 48>(c.w[4], high);
+    c.w[5] = b_or_bits<-2, 48>(c.w[5], high);
+    c.w[6] = b_or_bits<0, 48>(c.w[6], high);
+    c.w[7] = b_or_bits<2, 48>(c.w[7], high);
     const uint8_t* scales = block + kScales + 32 * sub + kLanes * half;
     c.scale = f_mul(f.d, f_load_i8(scales));
     c.scale_high = f_mul(f.d, f_load_i8(scales + 16));

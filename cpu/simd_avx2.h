@@ -134,14 +134,8 @@ inline void f_store_bf16(uint16_t* p, F v) {
 inline F f_load_u8(const void* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
-inline S s_load(const void* p) {
-  return _mm_loadl_epi64(static_cast<const __m128i*>(p));
-}
-inline F f_from_i8(S v) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v));
-}
 inline F f_load_i8(const void* p) {
-  return f_from_i8(s_load(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
 }
 // E4M3 shifted into an f16 is 2^-8 of its value, subnormals included; 0x7f is NaN.
 inline F f_load_f8(const void* p) {
@@ -173,12 +167,13 @@ inline void f_load_f8_parts(const void* p, F& a, F& b) {
 inline I i_load_u8_pairs(const void* p) {
   return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
-inline I i_pairs_from_i8(S first, S last) {
-  return _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(first, last));
+inline I i_load_i8_pairs(const void* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 }
-// Both of int16 range.
+// first and last / 2^kLastShift, both of int16 range.
+template <int kLastShift>
 inline I i_join_pairs(I first, I last) {
-  return _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16), 0xaa);
+  return _mm256_blend_epi16(first, _mm256_slli_epi32(last, 16 - kLastShift), 0xaa);
 }
 inline I i_low_nibbles(I bytes_in_pairs) {
   return _mm256_and_si256(bytes_in_pairs, _mm256_set1_epi16(15));
@@ -215,38 +210,22 @@ inline B b_zero() {
 inline void b_store(void* p, B v) {
   _mm256_storeu_si256(static_cast<B*>(p), v);
 }
-inline B b_low4(B v) {
-  return _mm256_and_si256(v, _mm256_set1_epi8(15));
+// Each byte shifted right by kShift, left where it is below 0; its neighbours' bits come in.
+template <int kShift>
+inline B b_shift(B v) {
+  if constexpr (kShift > 0) return _mm256_srli_epi16(v, kShift);
+  if constexpr (kShift < 0) return _mm256_slli_epi16(v, -kShift);
+  return v;
 }
-inline B b_high4(B v) {
-  return _mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15));
+// The bits of kMask of each byte so shifted; kMask must not ask for a neighbour's.
+template <int kShift, int kMask>
+inline B b_bits(B v) {
+  return _mm256_and_si256(b_shift<kShift>(v), _mm256_set1_epi8(kMask));
 }
-// codes + 16 * bit kBit of each byte of `bits`.
-template <int kBit>
-inline B b_fifth_bit(B codes, B bits) {
-  const B bit = kBit <= 4 ? _mm256_slli_epi16(bits, 4 - (kBit < 4 ? kBit : 4))
-                          : _mm256_srli_epi16(bits, kBit > 4 ? kBit - 4 : 0);
-  return _mm256_or_si256(codes, _mm256_and_si256(bit, _mm256_set1_epi8(16)));
-}
-// codes + 16 * bits 2 kPair, 2 kPair + 1 of each byte of `bits`.
-template <int kPair>
-inline B b_high_bits(B codes, B bits) {
-  const B two = kPair <= 2 ? _mm256_slli_epi16(bits, kPair < 2 ? 4 - 2 * kPair : 0)
-                           : _mm256_srli_epi16(bits, 2);
-  return _mm256_or_si256(codes, _mm256_and_si256(two, _mm256_set1_epi8(48)));
-}
-// Bits 2 kPair, 2 kPair + 1 of each byte.
-template <int kPair>
-inline B b_bit_pair(B bits) {
-  return _mm256_and_si256(kPair == 0 ? bits : _mm256_srli_epi16(bits, 2 * kPair),
-                          _mm256_set1_epi8(3));
-}
-// codes + 4 * bit kBit of each byte of `bits`.
-template <int kBit>
-inline B b_third_bit(B codes, B bits) {
-  const B bit = kBit <= 2 ? _mm256_slli_epi16(bits, kBit <= 2 ? 2 - kBit : 0)
-                          : _mm256_srli_epi16(bits, kBit > 2 ? kBit - 2 : 0);
-  return _mm256_or_si256(codes, _mm256_and_si256(bit, _mm256_set1_epi8(4)));
+// codes | b_bits(v)
+template <int kShift, int kMask>
+inline B b_or_bits(B codes, B v) {
+  return _mm256_or_si256(codes, b_bits<kShift, kMask>(v));
 }
 inline B b_quad(const int8_t* x) {
   int32_t quad;

@@ -130,14 +130,8 @@ inline void f_store_bf16(uint16_t* p, F v) {
 inline F f_load_u8(const void* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 }
-inline S s_load(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
-}
-inline F f_from_i8(S v) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(v));
-}
 inline F f_load_i8(const void* p) {
-  return f_from_i8(s_load(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
 }
 // E4M3 shifted into an f16 is 2^-8 of its value, subnormals included; 0x7f is NaN.
 inline F f_load_f8(const void* p) {
@@ -168,13 +162,13 @@ inline void f_load_f8_parts(const void* p, F& a, F& b) {
 inline I i_load_u8_pairs(const void* p) {
   return _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
-inline I i_pairs_from_i8(S first, S last) {
-  return _mm512_cvtepi8_epi16(
-      _mm256_set_m128i(_mm_unpackhi_epi8(first, last), _mm_unpacklo_epi8(first, last)));
+inline I i_load_i8_pairs(const void* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 }
-// Both of int16 range.
+// first and last / 2^kLastShift, both of int16 range.
+template <int kLastShift>
 inline I i_join_pairs(I first, I last) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(last, 16));
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, first, _mm512_slli_epi32(last, 16 - kLastShift));
 }
 inline I i_low_nibbles(I bytes_in_pairs) {
   return _mm512_and_si512(bytes_in_pairs, _mm512_set1_epi16(15));
@@ -211,44 +205,26 @@ inline B b_zero() {
 inline void b_store(void* p, B v) {
   _mm512_storeu_si512(p, v);
 }
-inline B b_low4(B v) {
-  return _mm512_and_si512(v, _mm512_set1_epi8(15));
+// Each byte shifted right by kShift, left where it is below 0; its neighbours' bits come in.
+template <int kShift>
+inline B b_shift(B v) {
+  if constexpr (kShift > 0) return _mm512_srli_epi16(v, kShift);
+  if constexpr (kShift < 0) return _mm512_slli_epi16(v, -kShift);
+  return v;
 }
-inline B b_high4(B v) {
-  return _mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15));
+// The bits of kMask of each byte so shifted; kMask must not ask for a neighbour's.
+template <int kShift, int kMask>
+inline B b_bits(B v) {
+  return _mm512_and_si512(b_shift<kShift>(v), _mm512_set1_epi8(kMask));
 }
-// codes + 16 * bit kBit of each byte of `bits`.
-template <int kBit>
-inline B b_fifth_bit(B codes, B bits) {
-  const B bit = kBit <= 4 ? _mm512_slli_epi16(bits, kBit <= 4 ? 4 - kBit : 0)
-                          : _mm512_srli_epi16(bits, kBit > 4 ? kBit - 4 : 0);
-  return _mm512_ternarylogic_epi32(codes, bit, _mm512_set1_epi8(16), 0xf8);  // a | b & c
+// codes | b_bits(v)
+template <int kShift, int kMask>
+inline B b_or_bits(B codes, B v) {
+  return _mm512_ternarylogic_epi32(codes, b_shift<kShift>(v), _mm512_set1_epi8(kMask), 0xf8);
 }
-// codes + 16 * bits 2 kPair, 2 kPair + 1 of each byte of `bits`.
-template <int kPair>
-inline B b_high_bits(B codes, B bits) {
-  const B two = kPair <= 2 ? _mm512_slli_epi16(bits, kPair < 2 ? 4 - 2 * kPair : 0)
-                           : _mm512_srli_epi16(bits, 2);
-  return _mm512_ternarylogic_epi32(codes, two, _mm512_set1_epi8(48), 0xf8);
-}
-// Bits 2 kPair, 2 kPair + 1 of each byte.
-template <int kPair>
-inline B b_bit_pair(B bits) {
-  return _mm512_and_si512(kPair == 0 ? bits : _mm512_srli_epi16(bits, 2 * kPair),
-                          _mm512_set1_epi8(3));
-}
-// codes + 4 * bit kBit of each byte of `bits`.
-template <int kBit>
-inline B b_third_bit(B codes, B bits) {
-  const B bit = kBit <= 2 ? _mm512_slli_epi16(bits, kBit <= 2 ? 2 - kBit : 0)
-                          : _mm512_srli_epi16(bits, kBit > 2 ? kBit - 2 : 0);
-  return _mm512_ternarylogic_epi32(codes, bit, _mm512_set1_epi8(4), 0xf8);
-}
-inline I b_quad(const int8_t* x) {
-  int32_t quad;
-  __builtin_memcpy(&quad, x, 4);
-  return _mm512_set1_epi32(quad);
-}
+struct QuadBytes {
+  int8_t bytes[4];
+};
 
 // Byte kByte of each lane's four, an E4M3 code, as 2^-120 of its value; NaN becomes a number.
 template <int kByte>
@@ -305,13 +281,22 @@ inline I i_set(int32_t v) {
   return _mm512_set1_epi32(v);
 }
 
+// sum + w . x, four bytes of each lane of w times the four at x.  Written out because compilers
+// load the broadcast apart, which costs an instruction and a register for each product.
+inline I i_dot_quad(I sum, B w, const int8_t* x) {
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(w), "m"(*reinterpret_cast<const QuadBytes*>(x)));
+  return sum;
+}
+
 // sum of w[q] . x over eight quads, codes from b_signed().  Two chains hide the latency of eight
 // steps; for four, one is faster.
 inline I i_dot_signed(const B* w, const XBlock& x) {
   I even = _mm512_set1_epi32(x.bias), odd = _mm512_setzero_si512();
   for (int q = 0; q < 8; q += 2) {
-    even = _mm512_dpbusd_epi32(even, w[q], b_quad(x.q + 4 * q));
-    odd = _mm512_dpbusd_epi32(odd, w[q + 1], b_quad(x.q + 4 * q + 4));
+    even = i_dot_quad(even, w[q], x.q + 4 * q);
+    odd = i_dot_quad(odd, w[q + 1], x.q + 4 * q + 4);
   }
   return i_add(even, odd);
 }
@@ -321,8 +306,8 @@ inline I i_dot_unsigned(const B* w, const int8_t* x, I start) {
   constexpr int kChains = kQuads == 8 ? 2 : 1;
   I odd = _mm512_setzero_si512();
   for (int q = 0; q < kQuads; q += kChains) {
-    start = _mm512_dpbusd_epi32(start, w[q], b_quad(x + 4 * q));
-    if constexpr (kChains == 2) odd = _mm512_dpbusd_epi32(odd, w[q + 1], b_quad(x + 4 * q + 4));
+    start = i_dot_quad(start, w[q], x + 4 * q);
+    if constexpr (kChains == 2) odd = i_dot_quad(odd, w[q + 1], x + 4 * q + 4);
   }
   return kChains == 2 ? i_add(start, odd) : start;
 }

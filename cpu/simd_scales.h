@@ -1,28 +1,36 @@
-// Vectors of one byte per row, in which packed scales are taken apart before they are widened: a
-// quarter of the work of doing it in int32.  SSE2 only; the way in and out is in simd_<isa>.h.
+// Vectors of 32 bytes in which packed scales are taken apart before they are widened: a quarter of
+// the work of doing it in int32.  AVX2, which every set of vectors has.
 #pragma once
 
-#include <emmintrin.h>
+#include <immintrin.h>
 #include <stdint.h>
 
 namespace fathom::cpu {
 namespace {
 
-using S = __m128i;  // kLanes bytes, the rest of the 16 zero
+using S = __m256i;
 
-inline S s_or(S a, S b) {
-  return _mm_or_si128(a, b);
+inline S s_load(const void* p) {
+  return _mm256_loadu_si256(static_cast<const S*>(p));
+}
+inline void s_store(void* p, S v) {
+  _mm256_storeu_si256(static_cast<S*>(p), v);
 }
 inline S s_sub(S a, int8_t b) {
-  return _mm_sub_epi8(a, _mm_set1_epi8(b));
+  return _mm256_sub_epi8(a, _mm256_set1_epi8(b));
 }
-// (v >> shift) & mask in each byte; mask has no bits that a neighbour's could reach.
-inline S s_bits(S v, int shift, int8_t mask) {
-  return _mm_and_si128(_mm_srl_epi16(v, _mm_cvtsi32_si128(shift)), _mm_set1_epi8(mask));
+// (v >> kShift) & kMask in each byte, v << -kShift where that is below 0; kMask must not ask for a
+// neighbour's bits.
+template <int kShift, int kMask>
+inline S s_bits(S v) {
+  if constexpr (kShift > 0) v = _mm256_srli_epi16(v, kShift);
+  if constexpr (kShift < 0) v = _mm256_slli_epi16(v, -kShift);
+  return _mm256_and_si256(v, _mm256_set1_epi8(kMask));
 }
-// Bits shift, shift + 1 of each byte, as bits 4 and 5.
-inline S s_high2(S v, int shift) {
-  return _mm_slli_epi16(s_bits(v, shift, 3), 4);
+// a | s_bits(v)
+template <int kShift, int kMask>
+inline S s_or_bits(S a, S v) {
+  return _mm256_or_si256(a, s_bits<kShift, kMask>(v));
 }
 
 }  // namespace

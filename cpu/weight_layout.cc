@@ -68,13 +68,34 @@ void pack_bits(const uint8_t* bytes, int shift, int row, uint8_t* codes) noexcep
   store32(codes + 4 * row, bits);
 }
 
-// n scales of six bits: low halves of two to a byte, high pairs of four to a byte.
-void pack_six_bits(const uint8_t* scales, int n, int row, uint8_t* low, uint8_t* high) noexcept {
-  for (int s = 0; s < n; s += 2)
-    low[8 * s + row] = static_cast<uint8_t>((scales[s] & 15) | (scales[s + 1] & 15) << 4);
-  for (int s = 0; s < n; s += 4)
-    high[4 * s + row] = static_cast<uint8_t>(scales[s] >> 4 | scales[s + 1] >> 4 << 2 |
-                                             scales[s + 2] >> 4 << 4 | scales[s + 3] >> 4 << 6);
+// n scales of six bits of one row, of which `place` says where they stand among those of all rows.
+template <class Place>
+void pack_six_bits(const uint8_t* scales, int n, Place place, uint8_t* low,
+                   uint8_t* high) noexcept {
+  for (int s = 0; s < n / 2; ++s)
+    low[place(s)] = static_cast<uint8_t>((scales[s] & 15) | (scales[s + n / 2] & 15) << 4);
+  for (int s = 0; s < n / 4; ++s) {
+    const uint8_t* of = scales + s;
+    high[place(s)] = static_cast<uint8_t>(of[0] >> 4 | of[n / 4] >> 4 << 2 | of[n / 2] >> 4 << 4 |
+                                          of[3 * n / 4] >> 4 << 6);
+  }
+}
+
+// Codes of one row's 32 columns, a byte each, as PackedQ2_K has them.
+void pack_two_bits(const uint8_t* codes, int row, uint8_t* out) noexcept {
+  const auto quad = [&](int q) { return load32(codes + 4 * q); };
+  for (int v = 0; v < 2; ++v)
+    store32(out + 64 * v + 4 * row,
+            quad(2 * v) | quad(2 * v + 4) << 2 | quad(2 * v + 1) << 4 | quad(2 * v + 5) << 6);
+}
+
+// The same as PackedQ3_K has them.
+void pack_three_bits(const uint8_t* codes, int row, uint8_t* out) noexcept {
+  const auto quad = [&](int q) { return load32(codes + 4 * q); };
+  const auto low = [&](int q) { return quad(q) & 0x03030303u; };
+  const auto high = [&](int q) { return quad(q) >> 2 & 0x01010101u; };
+  const uint32_t rest[3] = {low(3) << 6, low(7) << 6, high(3) << 6 | high(7) << 7};
+  for (int v = 0; v < 3; ++v) store32(out + 64 * v + 4 * row, quad(v) | quad(v + 4) << 3 | rest[v]);
 }
 
 void pack_q8_0(const uint8_t* src, int row, uint8_t* out) noexcept {
@@ -120,9 +141,12 @@ void pack_q2_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   for (int j = 0; j < 16; ++j)
     out[PackedQ2_K::kScales + 32 * (j / 2) + 2 * row + j % 2] =
         src[offsetof(BlockQ2_K, scales) + j];
-  for (int s = 0; s < 8; ++s)
-    pack_bit_pairs(src + offsetof(BlockQ2_K, qs) + 32 * (s / 4), 2 * (s % 4), row,
-                   out + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * s);
+  for (int s = 0; s < 8; ++s) {
+    const uint8_t* qs = src + offsetof(BlockQ2_K, qs) + 32 * (s / 4);
+    uint8_t codes[32];
+    for (int i = 0; i < 32; ++i) codes[i] = qs[i] >> (2 * (s % 4)) & 3;
+    pack_two_bits(codes, row, out + PackedQ2_K::kCodes + PackedQ2_K::kSubBytes * s);
+  }
 }
 
 void pack_q3_k(const uint8_t* src, int row, uint8_t* out) noexcept {
@@ -133,11 +157,15 @@ void pack_q3_k(const uint8_t* src, int row, uint8_t* out) noexcept {
   for (int j = 0; j < 16; ++j)
     scales[j] = static_cast<uint8_t>((packed[j % 8] >> (j / 8 * 4) & 15) |
                                      (packed[8 + j % 4] >> (j / 4 * 2) & 3) << 4);
-  pack_six_bits(scales, 16, row, out + PackedQ3_K::kScales, out + PackedQ3_K::kHighScales);
+  const auto place = [row](int s) { return 32 * (s / 2) + 2 * row + s % 2; };
+  pack_six_bits(scales, 16, place, out + PackedQ3_K::kScales, out + PackedQ3_K::kHighScales);
   for (int s = 0; s < 8; ++s) {
-    uint8_t* codes = out + PackedQ3_K::kCodes + PackedQ3_K::kSubBytes * s;
-    pack_bit_pairs(src + offsetof(BlockQ3_K, qs) + 32 * (s / 4), 2 * (s % 4), row, codes);
-    pack_bits(src + offsetof(BlockQ3_K, hmask), s, row, codes + PackedQ3_K::kHigh);
+    const uint8_t* qs = src + offsetof(BlockQ3_K, qs) + 32 * (s / 4);
+    const uint8_t* hmask = src + offsetof(BlockQ3_K, hmask);
+    uint8_t codes[32];
+    for (int i = 0; i < 32; ++i)
+      codes[i] = static_cast<uint8_t>((qs[i] >> (2 * (s % 4)) & 3) | (hmask[i] >> s & 1) << 2);
+    pack_three_bits(codes, row, out + PackedQ3_K::kCodes + PackedQ3_K::kSubBytes * s);
   }
 }
 
@@ -205,7 +233,8 @@ void pack_iq4_xs(const uint8_t* src, int row, uint8_t* out) noexcept {
   for (int j = 0; j < 8; ++j)
     scales[j] = static_cast<uint8_t>((low[j / 2] >> (4 * (j % 2)) & 15) |
                                      (high[j / 4] >> (2 * (j % 4)) & 3) << 4);
-  pack_six_bits(scales, 8, row, out + PackedIQ4_XS::kScales, out + PackedIQ4_XS::kHighScales);
+  const auto place = [row](int s) { return 16 * s + row; };
+  pack_six_bits(scales, 8, place, out + PackedIQ4_XS::kScales, out + PackedIQ4_XS::kHighScales);
   for (int s = 0; s < 8; ++s)
     pack_pairs(src + offsetof(BlockIQ4_XS, qs) + 16 * s, row,
                out + PackedIQ4_XS::kCodes + PackedIQ4_XS::kSubBytes * s);
@@ -344,8 +373,7 @@ Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int6
   cut.n_slices = n_tasks;
   cut.own_threads_only = !memory->binds();
   for (int node = 0; node <= memory->shares().n_nodes(); ++node) {
-    const int64_t group =
-        memory->shares().begin(row_groups(weight), node) - first_row / kGroupRows;
+    const int64_t group = memory->shares().begin(row_groups(weight), node) - first_row / kGroupRows;
     cut.first[node] = (std::clamp<int64_t>(group, 0, n_groups) + groups - 1) / groups;
   }
   threads.parallel_for(n_tasks, cut, store);

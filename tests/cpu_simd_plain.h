@@ -9,7 +9,6 @@
 #include <iterator>
 
 #include "cpu/matmul_kernels.h"
-#include "cpu/simd_scales.h"
 #include "fathom/quant.hpp"
 #include "fathom/tensor.hpp"
 
@@ -28,6 +27,16 @@ struct I {
 struct B {
   uint8_t v[4 * kLanes];
 };
+
+// Bytes that packed scales are taken apart in.
+struct S {
+  uint8_t v[32];
+};
+
+template <int kShift>
+int shifted(int byte) {
+  return kShift > 0 ? byte >> (kShift > 0 ? kShift : 0) : byte << (kShift < 0 ? -kShift : 0);
+}
 
 template <class Fn>
 F f_each(Fn fn) {
@@ -194,27 +203,13 @@ void f_split_quads(F (&v)[4]) {
   for (int j = 0; j < 4; ++j)
     v[j] = f_each([&](int i) { return from[(4 * i + j) / kLanes].v[(4 * i + j) % kLanes]; });
 }
-B b_low4(B v) {
-  return b_each([&](int i) { return v.v[i] & 15; });
+template <int kShift, int kMask>
+B b_bits(B v) {
+  return b_each([&](int i) { return shifted<kShift>(v.v[i]) & kMask; });
 }
-B b_high4(B v) {
-  return b_each([&](int i) { return v.v[i] >> 4; });
-}
-template <int kBit>
-B b_fifth_bit(B codes, B bits) {
-  return b_each([&](int i) { return codes.v[i] | (bits.v[i] >> kBit & 1) << 4; });
-}
-template <int kPair>
-B b_high_bits(B codes, B bits) {
-  return b_each([&](int i) { return codes.v[i] | (bits.v[i] >> (2 * kPair) & 3) << 4; });
-}
-template <int kPair>
-B b_bit_pair(B bits) {
-  return b_each([&](int i) { return bits.v[i] >> (2 * kPair) & 3; });
-}
-template <int kBit>
-B b_third_bit(B codes, B bits) {
-  return b_each([&](int i) { return codes.v[i] | (bits.v[i] >> kBit & 1) << 2; });
+template <int kShift, int kMask>
+B b_or_bits(B codes, B v) {
+  return b_each([&](int i) { return codes.v[i] | (shifted<kShift>(v.v[i]) & kMask); });
 }
 B b_signed(B v) {
   return v;
@@ -222,16 +217,28 @@ B b_signed(B v) {
 B b_iq4_values(B codes) {
   return b_each([&](int i) { return kIQ4Values[codes.v[i]]; });
 }
+template <class Fn>
+S s_each(Fn fn) {
+  S r;
+  for (int i = 0; i < 32; ++i) r.v[i] = static_cast<uint8_t>(fn(i));
+  return r;
+}
 S s_load(const void* p) {
-  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return s_each([&](int i) { return static_cast<const uint8_t*>(p)[i]; });
 }
-int8_t byte_of(S v, int i) {
-  int8_t bytes[16];
-  std::memcpy(bytes, &v, sizeof bytes);
-  return bytes[i];
+void s_store(void* p, S v) {
+  std::memcpy(p, v.v, sizeof v.v);
 }
-F f_from_i8(S v) {
-  return f_each([&](int i) { return static_cast<float>(byte_of(v, i)); });
+S s_sub(S a, int8_t b) {
+  return s_each([&](int i) { return a.v[i] - b; });
+}
+template <int kShift, int kMask>
+S s_bits(S v) {
+  return s_each([&](int i) { return shifted<kShift>(v.v[i]) & kMask; });
+}
+template <int kShift, int kMask>
+S s_or_bits(S a, S v) {
+  return s_each([&](int i) { return a.v[i] | (shifted<kShift>(v.v[i]) & kMask); });
 }
 
 // Pairs of int16, the first in the low half.
@@ -249,11 +256,13 @@ I i_load_u8_pairs(const void* p) {
   const auto* bytes = static_cast<const uint8_t*>(p);
   return i_each([&](int i) { return pair(bytes[2 * i], bytes[2 * i + 1]); });
 }
-I i_pairs_from_i8(S first, S last) {
-  return i_each([&](int i) { return pair(byte_of(first, i), byte_of(last, i)); });
+I i_load_i8_pairs(const void* p) {
+  const auto* bytes = static_cast<const int8_t*>(p);
+  return i_each([&](int i) { return pair(bytes[2 * i], bytes[2 * i + 1]); });
 }
+template <int kLastShift>
 I i_join_pairs(I first, I last) {
-  return i_each([&](int i) { return pair(first.v[i], last.v[i]); });
+  return i_each([&](int i) { return pair(first.v[i], last.v[i] / (1 << kLastShift)); });
 }
 I i_low_nibbles(I v) {
   return i_each([&](int i) { return pair(first_of(v.v[i]) & 15, last_of(v.v[i]) & 15); });
