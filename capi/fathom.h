@@ -1,3 +1,4 @@
+/* clang-format off */
 /* fathom.h - the C interface of Fathom: DeepSeek-family models, long text without memory surprises.
  * One header, C89 to C17 and C++98 to C++20, nothing needed but <stdint.h>.  Read it from top to
  * bottom: what every call has in common, then library, configuration, engine, cancellation, plan,
@@ -780,6 +781,7 @@ FATHOM_API int32_t FATHOM_CALL fathom_timeline_write(const fathom_engine *eng, c
 /* Forgets what was recorded and gives its memory back.  E_STATE: no recorder.  Since 0.1. */
 FATHOM_API int32_t FATHOM_CALL fathom_timeline_stop(fathom_engine *eng, fathom_error *err);
 
+/* clang-format on */
 #ifdef __cplusplus
 }
 #endif

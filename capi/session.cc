@@ -138,9 +138,8 @@ int32_t fathom_session_step(fathom_session* s, fathom_token id, fathom_error* er
   return session_call(err, s, [&] { return s->session.step(id); });
 }
 
-int32_t fathom_model_replan(fathom_model* model, const fathom_config* cfg,
-                            fathom_session* const* s, uint64_t n, const fathom_run* run,
-                            fathom_error* err) {
+int32_t fathom_model_replan(fathom_model* model, const fathom_config* cfg, fathom_session* const* s,
+                            uint64_t n, const fathom_run* run, fathom_error* err) {
   return call(err, [&]() -> Status {
     FATHOM_TRY(check_handle(model, "model"));
     if (s == nullptr && n > 0) return null_argument("s");
@@ -156,8 +155,7 @@ int32_t fathom_model_replan(fathom_model* model, const fathom_config* cfg,
     }
     FATHOM_TRY(model->model.replan(sessions, cfg ? cfg->config : model->model.plan().config,
                                    arguments.options));
-    for (fathom_session* handle : handles)
-      handle->poisoned.store(false, std::memory_order_relaxed);
+    for (fathom_session* handle : handles) handle->poisoned.store(false, std::memory_order_relaxed);
     return {};
   });
 }

@@ -81,8 +81,8 @@ int32_t fathom_session_forecast(const fathom_session* s, fathom_budget_forecast*
       out.bytes_budget = static_cast<uint64_t>(budget.budget_bytes);
       out.bytes_now = static_cast<uint64_t>(budget.bytes_now);
       out.n_tokens_end = static_cast<uint64_t>(budget.n_tokens_end);
-      out.then = budget.then ? FATHOM_THEN_CHUNK + static_cast<int32_t>(*budget.then)
-                             : FATHOM_THEN_FULL;
+      out.then =
+          budget.then ? FATHOM_THEN_CHUNK + static_cast<int32_t>(*budget.then) : FATHOM_THEN_FULL;
       copy_text(budget.budget, out.name);
       std::memcpy(at, &stride, sizeof stride);
       to_caller(out, reinterpret_cast<fathom_budget_forecast*>(at));

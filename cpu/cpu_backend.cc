@@ -67,7 +67,8 @@ Result<CpuBackend::Nodes> CpuBackend::choose_nodes(const CpuOptions& options,
     if (options.threads == 0) {
       const auto cpus = static_cast<int64_t>(it->cpus.size());
       const auto all = static_cast<int64_t>(n_cpus);
-      n_threads = static_cast<int>(std::clamp<int64_t>((n_threads * cpus + all - 1) / all, 1, cpus));
+      n_threads =
+          static_cast<int>(std::clamp<int64_t>((n_threads * cpus + all - 1) / all, 1, cpus));
     }
     nodes.used = {*it};
     nodes.why = fmt::format("this device is node {}", options.node);

@@ -64,8 +64,7 @@ NumaSystem& kernel_numa() noexcept {
 NodeShares::NodeShares(std::span<const NumaNode> nodes) noexcept
     : n_nodes_(static_cast<int>(nodes.size())) {
   for (int i = 0; i < n_nodes_; ++i)
-    before_[i + 1] =
-        before_[i] + static_cast<int64_t>(nodes[static_cast<size_t>(i)].cpus.size());
+    before_[i + 1] = before_[i] + static_cast<int64_t>(nodes[static_cast<size_t>(i)].cpus.size());
 }
 
 NodeMemory::NodeMemory(NumaSystem& system, std::span<const NumaNode> nodes,
@@ -90,12 +89,11 @@ NodeMemory::NodeMemory(NumaSystem& system, std::span<const NumaNode> nodes,
 
   // Containers often forbid the call: a page of our own tells.
   const int64_t page = host_page_bytes();
-  void* const probe = mmap(nullptr, static_cast<size_t>(page), PROT_NONE,
-                           MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* const probe =
+      mmap(nullptr, static_cast<size_t>(page), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (probe == MAP_FAILED) return;
   for (const int& node : spread_)
-    if (const int error =
-            system.set_policy(probe, page, NumaSystem::Policy::kPrefer, {&node, 1});
+    if (const int error = system.set_policy(probe, page, NumaSystem::Policy::kPrefer, {&node, 1});
         error != 0)
       refused_.store(error);
   munmap(probe, static_cast<size_t>(page));
@@ -112,8 +110,8 @@ void NodeMemory::set(void* begin, int64_t bytes, NumaSystem::Policy policy,
 
 void NodeMemory::place(void* base, int64_t bytes) noexcept {
   if (!binds()) return;
-  set(base, bytes,
-      spread_.size() > 1 ? NumaSystem::Policy::kSpread : NumaSystem::Policy::kPrefer, spread_);
+  set(base, bytes, spread_.size() > 1 ? NumaSystem::Policy::kSpread : NumaSystem::Policy::kPrefer,
+      spread_);
 }
 
 NodeMemory::Pages NodeMemory::pages_of(const Weight& w, int64_t index, int64_t group,
@@ -155,9 +153,10 @@ void NodeMemory::end_rows(const Weight& w, int64_t index, int64_t first_row,
 
 std::string NodeMemory::remark() const {
   if (const int error = refused_.load(); error != 0)
-    return fmt::format("the system does not let memory be bound to nodes ({}); pages lie where "
-                       "the threads that fill them run",
-                       std::strerror(error));
+    return fmt::format(
+        "the system does not let memory be bound to nodes ({}); pages lie where "
+        "the threads that fill them run",
+        std::strerror(error));
   if (const int64_t n = n_failed_.load(); n > 0)
     return fmt::format("{} pieces of memory could not be bound to their node ({})", n,
                        std::strerror(failed_.load()));

@@ -48,11 +48,14 @@ NumaSystem& kernel_numa() noexcept;
 class NodeShares {
  public:
   NodeShares() noexcept = default;  // one node
-  explicit NodeShares(std::span<const NumaNode> nodes) noexcept;  // at most kMaxNodes, with processors
+  explicit NodeShares(
+      std::span<const NumaNode> nodes) noexcept;  // at most kMaxNodes, with processors
 
   int n_nodes() const noexcept { return n_nodes_; }
   // Node i has [begin(n, i), begin(n, i + 1)) of n.
-  int64_t begin(int64_t n, int node) const noexcept { return n * before_[node] / before_[n_nodes_]; }
+  int64_t begin(int64_t n, int node) const noexcept {
+    return n * before_[node] / before_[n_nodes_];
+  }
 
  private:
   int n_nodes_ = 1;
@@ -62,12 +65,12 @@ class NodeShares {
 // Thread-safe.  Asks nothing more where the system has refused.
 class NodeMemory {
  public:
-  // `nodes` with processors; with one, all memory is asked for from it.  `machine`: all nodes, among
-  // them those whose memory stands in for that of a node without.  Asks the system once, so that
-  // remark() can tell from the beginning.  `ours`: false for memory that a host's allocator gives;
-  // then rows are cut, and where they lie is left to it.
-  NodeMemory(NumaSystem& system, std::span<const NumaNode> nodes,
-             std::span<const NumaNode> machine, bool ours = true);
+  // `nodes` with processors; with one, all memory is asked for from it.  `machine`: all nodes,
+  // among them those whose memory stands in for that of a node without.  Asks the system once, so
+  // that remark() can tell from the beginning.  `ours`: false for memory that a host's allocator
+  // gives; then rows are cut, and where they lie is left to it.
+  NodeMemory(NumaSystem& system, std::span<const NumaNode> nodes, std::span<const NumaNode> machine,
+             bool ours = true);
 
   // Whether rows are cut over several nodes.
   bool has_rows() const noexcept { return shares_.n_nodes() > 1; }
@@ -98,10 +101,10 @@ class NodeMemory {
 
   NumaSystem* system_ = nullptr;
   NodeShares shares_;
-  std::vector<int> memory_;  // per node of the device: the node whose memory is used
-  std::vector<int> spread_;  // the same, each once, ascending
-  std::atomic<int> refused_{0};       // errno of the first question: nothing more is asked
-  std::atomic<int> failed_{0};        // of the last single call that failed later
+  std::vector<int> memory_;      // per node of the device: the node whose memory is used
+  std::vector<int> spread_;      // the same, each once, ascending
+  std::atomic<int> refused_{0};  // errno of the first question: nothing more is asked
+  std::atomic<int> failed_{0};   // of the last single call that failed later
   std::atomic<int64_t> n_failed_{0};
 };
 

@@ -110,8 +110,8 @@ MemoryState memory_of(int id, const std::string& root) {
   MemoryState state;
   state.total_bytes = kib_after(*text, "MemTotal:");
   // As for control groups, file pages that nobody used lately count as free.
-  state.free_bytes = std::min(
-      state.total_bytes, kib_after(*text, "MemFree:") + kib_after(*text, "Inactive(file):"));
+  state.free_bytes = std::min(state.total_bytes,
+                              kib_after(*text, "MemFree:") + kib_after(*text, "Inactive(file):"));
   return state;
 }
 

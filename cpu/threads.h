@@ -26,14 +26,15 @@ namespace fathom::cpu {
 // Tasks that come in rows of `n_slices`, each row cut over the nodes in the same way.
 struct NodeCut {
   int64_t n_slices = 0;
-  int64_t first[kMaxNodes + 1];  // task t is node i's where t % n_slices in [first[i], first[i + 1])
+  int64_t
+      first[kMaxNodes + 1];  // task t is node i's where t % n_slices in [first[i], first[i + 1])
   // Nobody but the node's own threads: for work that decides where memory lies.  Takes longer when
   // the system keeps these threads waiting.
   bool own_threads_only = false;
 };
 
-// Threads for each node with so many processors: in proportion to them, one at least where there are
-// as many threads as nodes; the sum is n_threads.
+// Threads for each node with so many processors: in proportion to them, one at least where there
+// are as many threads as nodes; the sum is n_threads.
 std::vector<int> divide_threads(int n_threads, std::span<const NumaNode> nodes);
 
 // Thread-safe: calls from several threads are served one at a time, in the order of their arrival.
@@ -61,7 +62,8 @@ class ThreadPool {
 
   int size() const noexcept { return size_; }
   int n_nodes() const noexcept { return n_nodes_; }  // 1 without nodes
-  int node_of(int worker) const noexcept;  // index of its node; the caller's is the one it is booked on
+  int node_of(
+      int worker) const noexcept;  // index of its node; the caller's is the one it is booked on
   int bind_error() const noexcept { return bind_error_; }  // of the first refusal, as errno; else 0
   // Memory kept for life: the stacks and what belongs to them.
   int64_t runtime_bytes() const noexcept;
@@ -114,9 +116,9 @@ class ThreadPool {
   TaskFn fn_ = nullptr;
   void* context_ = nullptr;
   int64_t n_slices_ = 0;
-  int n_queues_ = 0;       // 1, or n_nodes_ for a call that is cut
+  int n_queues_ = 0;  // 1, or n_nodes_ for a call that is cut
   bool own_only_ = false;
-  int first_queue_ = 0;    // of the caller
+  int first_queue_ = 0;                         // of the caller
   alignas(64) std::atomic<int64_t> n_left_{0};  // tasks not done, where own_only_
   // kOpen while tasks may be taken, plus the number of workers inside the call.
   alignas(64) std::atomic<uint32_t> state_{0};

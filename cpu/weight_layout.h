@@ -34,8 +34,8 @@ int64_t scales_offset(const Weight& w) noexcept;
 // One scale per 128 x 128 weights; null when the weight has none.
 const float* block_scales(const Weight& w, int64_t index) noexcept;
 
-// The three functions of the same name in Backend; contracts there.  `memory`: rows lie on the nodes
-// that it says.
+// The three functions of the same name in Backend; contracts there.  `memory`: rows lie on the
+// nodes that it says.
 Status weight_layout(Weight& weight) noexcept;
 Status store_rows(ThreadPool& threads, const Weight& weight, int64_t index, int64_t first_row,
                   int64_t n_rows, const void* rows, NodeMemory* memory = nullptr) noexcept;

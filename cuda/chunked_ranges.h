@@ -22,7 +22,7 @@ class ChunkedRanges {
    public:
     virtual ~Memory() = default;
     virtual Result<void*> allocate(int64_t bytes) noexcept = 0;  // errors: kMemory
-    virtual void free(void*) noexcept = 0;  // nothing uses it any more
+    virtual void free(void*) noexcept = 0;                       // nothing uses it any more
     // Done before what is queued later; false where it failed.
     virtual bool copy(void* to, const void* from, int64_t bytes) noexcept = 0;
   };

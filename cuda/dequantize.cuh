@@ -169,10 +169,12 @@ __device__ inline void dequantize8(const WeightRow& row, int group, float (&v)[8
 }
 
 // The types that have kernels; block_shape() in weights.cc has the same.
+// clang-format off
 #define FATHOM_CUDA_WEIGHT_TYPES(X)                                                             \
   X(kF32)                                                                                       \
   X(kF16) X(kBF16) X(kF8E4M3) X(kQ4_0) X(kQ4_1) X(kQ5_0) X(kQ5_1) X(kQ8_0) X(kIQ4_NL) X(kMXFP4) \
       X(kQ2_K) X(kQ3_K) X(kQ4_K) X(kQ5_K) X(kQ6_K) X(kIQ4_XS)
+// clang-format on
 
 // The type chosen at run time; the same for all threads, so the branches cost little.
 __device__ inline void dequantize8(DType type, const WeightRow& row, int group, float (&v)[8]) {

@@ -75,9 +75,7 @@ std::string text_of(cudaError_t e) {
 }
 
 // The device is also where chunks come from, for drivers without address ranges.
-class GpuDevice final : public Device,
-                        private ChunkedRanges::Memory,
-                        private PinnedHost::Pinner {
+class GpuDevice final : public Device, private ChunkedRanges::Memory, private PinnedHost::Pinner {
  public:
   static Result<std::unique_ptr<Device>> open(int index, std::string name);
   ~GpuDevice() override;
@@ -89,8 +87,7 @@ class GpuDevice final : public Device,
         "MiB{}, {} MiB of the host's memory pinned",
         name_, properties_.name, properties_.major, properties_.minor,
         properties_.multiProcessorCount, driver_version_ / 1000, driver_version_ % 1000 / 10,
-        library_->version(),
-        ranges_ ? "address ranges" : "chunks (no virtual memory management)",
+        library_->version(), ranges_ ? "address ranges" : "chunks (no virtual memory management)",
         context_bytes_ >> 20, context_measured_ ? "" : " (assumed)", pinned_.held_bytes() >> 20);
   }
   int64_t max_shared_bytes() const noexcept override {
@@ -139,9 +136,9 @@ class GpuDevice final : public Device,
 
   // For all devices of the process: another one may hold a text's layers.
   bool pin(void* host, int64_t bytes) noexcept override {
-    const bool pinned = use() == cudaSuccess &&
-                        cudaHostRegister(host, static_cast<size_t>(bytes),
-                                         cudaHostRegisterPortable) == cudaSuccess;
+    const bool pinned =
+        use() == cudaSuccess &&
+        cudaHostRegister(host, static_cast<size_t>(bytes), cudaHostRegisterPortable) == cudaSuccess;
     if (!pinned) cudaGetLastError();
     return pinned;
   }
@@ -348,7 +345,8 @@ Status GpuDevice::commit(void* base, int64_t offset, int64_t bytes) noexcept try
   } else {
     FATHOM_TRY(chunks_.commit(base, offset, bytes));
   }
-  if (cudaError_t e = cudaMemsetAsync(address(base, offset), 0, static_cast<size_t>(bytes), stream_);
+  if (cudaError_t e =
+          cudaMemsetAsync(address(base, offset), 0, static_cast<size_t>(bytes), stream_);
       e != cudaSuccess) {
     Status why = failed("clearing memory", e);
     decommit(base, offset, bytes);

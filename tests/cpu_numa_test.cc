@@ -40,13 +40,13 @@ std::vector<NumaNode> make_nodes(const std::vector<int>& sizes) {
   return nodes;
 }
 
-const std::vector<std::vector<int>> kMachines = {{1}, {1, 1}, {2, 1}, {1, 1, 1}, {32, 32, 16, 1, 7}};
+const std::vector<std::vector<int>> kMachines = {
+    {1}, {1, 1}, {2, 1}, {1, 1, 1}, {32, 32, 16, 1, 7}};
 
 // Machines of as many nodes as processors, one each.
 std::unique_ptr<FakeMachine> small_machine(int n_nodes) {
   auto machine = std::make_unique<FakeMachine>();
-  for (int node = 0; node < n_nodes; ++node)
-    machine->node(node, std::to_string(node), 1000, 900);
+  for (int node = 0; node < n_nodes; ++node) machine->node(node, std::to_string(node), 1000, 900);
   return machine;
 }
 
@@ -116,12 +116,11 @@ TEST_CASE("pages of a matrix: each once, on the node of the row that it begins i
     bool scaled;
     int64_t rows, cols, count;
   };
-  const Shape shapes[] = {
-      {DType::kQ4_K, false, 1, 256, 1},    {DType::kQ4_K, false, 16, 512, 3},
-      {DType::kQ8_0, false, 17, 96, 5},    {DType::kQ8_0, false, 1408, 2048, 2},
-      {DType::kQ6_K, false, 100, 2048, 2}, {DType::kF32, false, 40, 130, 3},
-      {DType::kF32, false, 3, 5, 7},       {DType::kBF16, false, 576, 640, 1},
-      {DType::kF8E4M3, true, 300, 1000, 2}};
+  const Shape shapes[] = {{DType::kQ4_K, false, 1, 256, 1},    {DType::kQ4_K, false, 16, 512, 3},
+                          {DType::kQ8_0, false, 17, 96, 5},    {DType::kQ8_0, false, 1408, 2048, 2},
+                          {DType::kQ6_K, false, 100, 2048, 2}, {DType::kF32, false, 40, 130, 3},
+                          {DType::kF32, false, 3, 5, 7},       {DType::kBF16, false, 576, 640, 1},
+                          {DType::kF8E4M3, true, 300, 1000, 2}};
   for (const std::vector<int>& sizes : kMachines) {
     if (sizes.size() < 2) continue;
     const std::vector<NumaNode> nodes = make_nodes(sizes);

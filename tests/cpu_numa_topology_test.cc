@@ -111,8 +111,12 @@ TEST_CASE("memory without processors, processors without memory, gaps in the num
 TEST_CASE("a machine that does not tell is one node") {
   FakeMachine machine;
   SECTION("no /sys at all") {}
-  SECTION("no /sys, but a mask") { machine.allow("1,3", "0"); }
-  SECTION("a folder without nodes") { machine.write("/sys/devices/system/node/possible", "0\n"); }
+  SECTION("no /sys, but a mask") {
+    machine.allow("1,3", "0");
+  }
+  SECTION("a folder without nodes") {
+    machine.write("/sys/devices/system/node/possible", "0\n");
+  }
   const NumaTopology t = read_numa_topology(machine.path());
   REQUIRE(t.nodes.size() == 1);
   CHECK(t.doubt.empty());

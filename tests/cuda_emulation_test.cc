@@ -207,7 +207,7 @@ TEST_CASE("copies that run beside a thread are there when they were waited for",
     CHECK(run(0).empty());
     for (int i = 0; i < n; ++i)
       CHECK(out[static_cast<size_t>(i)] == static_cast<float>(4 * ((i + 1) % n)));
-    run(1);  // not waited for: what nobody wrote
+    run(1);                                                   // not waited for: what nobody wrote
     if (order == Order::kForward) CHECK(std::isnan(out[0]));  // its neighbour comes later
     CHECK_THAT(run(2), Catch::Contains("copies that it did not wait for"));
   }

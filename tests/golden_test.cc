@@ -16,7 +16,9 @@ using test::check_greedy;
 using test::Golden;
 
 // golden/README.md: an f32 engine differs by at most this; 1,000 tokens of f32 angles cost more.
-double tolerance(size_t n_tokens) { return n_tokens <= 300 ? 2e-4 : 1e-3; }
+double tolerance(size_t n_tokens) {
+  return n_tokens <= 300 ? 2e-4 : 1e-3;
+}
 
 struct Case {
   const char* model;
@@ -87,7 +89,8 @@ TEST_CASE("fast numerics stay close to the reference models", "[golden]") {
       for (size_t t = 0; t < tokens.size(); ++t)
         sum += test::cosine(expected.subspan(t * vocab, vocab),
                             std::span(got).subspan(t * vocab, vocab));
-      INFO(c.model << " on " << isa << ": mean cosine " << sum / static_cast<double>(tokens.size()));
+      INFO(c.model << " on " << isa << ": mean cosine "
+                   << sum / static_cast<double>(tokens.size()));
       CHECK(sum / static_cast<double>(tokens.size()) > 0.99);
     }
 }
@@ -108,8 +111,8 @@ TEST_CASE("quantised models: exact within tolerance, fast by cosine, every instr
           got.erase(got.begin(), got.end() - static_cast<std::ptrdiff_t>(expected.size()));
           const double cosine = test::cosine(expected, got);
           const auto diff = test::max_abs_diff(expected, got);
-          INFO(type << " " << numerics << " " << isa << " " << prompt << ": " << test::describe(diff)
-                    << ", cosine " << cosine);
+          INFO(type << " " << numerics << " " << isa << " " << prompt << ": "
+                    << test::describe(diff) << ", cosine " << cosine);
           if (std::string_view(numerics) == "exact")
             CHECK(diff.value <= tolerance(tokens.size()));
           else
@@ -155,7 +158,8 @@ TEST_CASE("perplexity of the trained model, exact and fast", "[golden]") {
   for (const Bound& bound : {Bound{"exact", 0.001}, Bound{"fast", 0.01}}) {
     const Model model = test::load_model(FATHOM_EXAMPLE_MODEL, {{"numerics", bound.numerics}});
     const double nll = mean_nll(model, golden.i32("ppl.tokens"), 512, kWindows);
-    INFO(bound.numerics << ": perplexity " << std::exp(nll) << ", reference " << std::exp(expected));
+    INFO(bound.numerics << ": perplexity " << std::exp(nll) << ", reference "
+                        << std::exp(expected));
     CHECK(std::abs(std::exp(nll - expected) - 1) <= bound.relative);
   }
 }

@@ -107,7 +107,8 @@ TEST_CASE("the budget that ends first is named, the host's sum too", "[forecast]
   Session session = test::new_session(model);
   test::require_ok(session.prefill(std::vector<int32_t>(20, 7)));
   const MemorySnapshot memory = engine.memory();
-  const int64_t page = model.plan().devices[0].kv_page_bytes + model.plan().devices[1].kv_page_bytes;
+  const int64_t page =
+      model.plan().devices[0].kv_page_bytes + model.plan().devices[1].kv_page_bytes;
   test::require_ok(engine.set_host_budget(memory.host_bytes_now + 3 * page));
   const Forecast forecast = session.forecast();
   REQUIRE(forecast.budgets.size() == 3);
@@ -129,10 +130,10 @@ TEST_CASE("the ladder does what was forecast", "[forecast]") {
     const char *ladder, *tiers, *event;
     LadderStep then;
   };
-  for (const Case& c : {Case{"file", "device,file", "spilled_to_file", LadderStep::kFile},
-                        Case{"requantise", "device", "requantised", LadderStep::kRequantise},
-                        Case{"spill,requantise,file", "device,file", "requantised",
-                             LadderStep::kRequantise}}) {
+  for (const Case& c :
+       {Case{"file", "device,file", "spilled_to_file", LadderStep::kFile},
+        Case{"requantise", "device", "requantised", LadderStep::kRequantise},
+        Case{"spill,requantise,file", "device,file", "requantised", LadderStep::kRequantise}}) {
     const Model model = load({{"kv.ladder", c.ladder},
                               {"kv.tiers", c.tiers},
                               {"kv.page_tokens", "16"},
@@ -140,8 +141,8 @@ TEST_CASE("the ladder does what was forecast", "[forecast]") {
     Engine engine = model.engine();
     Session session = test::new_session(model);
     test::require_ok(session.prefill(std::vector<int32_t>(40, 7)));
-    test::require_ok(engine.set_budget(0, engine.memory().devices[0].bytes_now +
-                                              5 * model.plan().devices[0].kv_page_bytes));
+    test::require_ok(engine.set_budget(
+        0, engine.memory().devices[0].bytes_now + 5 * model.plan().devices[0].kv_page_bytes));
     const BudgetForecast forecast = budget(session.forecast(), "cpu");
     INFO(c.ladder << ": " << forecast.text);
     REQUIRE(forecast.then.has_value());

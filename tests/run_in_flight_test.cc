@@ -1,6 +1,6 @@
-// Chunks of a prompt that take turns on devices which share the layers: attention here, routed experts
-// there.  The same bits and the same memory as one chunk after the other, also cancelled and failing;
-// that the devices work side by side is shown on simulated ones, by their clocks.
+// Chunks of a prompt that take turns on devices which share the layers: attention here, routed
+// experts there.  The same bits and the same memory as one chunk after the other, also cancelled
+// and failing; that the devices work side by side is shown on simulated ones, by their clocks.
 #include <algorithm>
 #include <atomic>
 #include <catch2/catch.hpp>
@@ -134,7 +134,8 @@ TEST_CASE("a session in which chunks do not take turns has no buffers for it", "
   CHECK(one == 1);
   CHECK(three == 3);
   CHECK(bytes_of_three > bytes_of_one);
-  // Waves have one buffer per device; pages in other tiers and mixed types want one chunk at a time.
+  // Waves have one buffer per device; pages in other tiers and mixed types want one chunk at a
+  // time.
   const test::Settings wanted{{"prefill.in_flight", "3"}};
   CHECK(activations(wanted).first == 1);
   CHECK(activations(with(wanted, {{"devices", "cpu:0,cpu:1"},
@@ -150,11 +151,10 @@ TEST_CASE("a session in which chunks do not take turns has no buffers for it", "
 TEST_CASE("chunks that take turns stop between chunks, and go on", "[in_flight]") {
   const std::string path = test::test_data("models/tiny-v3");
   const Model one = test::load_model(path, kSettings);
-  const Model several =
-      test::load_model(path, with(kSettings, {{"devices", "cpu:0,cpu:1"},
-                                              {"placement.layers", "cpu:0=*"},
-                                              {"placement.experts", "cpu:1=*"},
-                                              {"prefill.in_flight", "3"}}));
+  const Model several = test::load_model(path, with(kSettings, {{"devices", "cpu:0,cpu:1"},
+                                                                {"placement.layers", "cpu:0=*"},
+                                                                {"placement.experts", "cpu:1=*"},
+                                                                {"prefill.in_flight", "3"}}));
   const auto tokens = some_tokens(90, one.config().vocab_size);
   const auto expected = test::last_logits(one, tokens);
   for (const int64_t most : {16, 48, 64}) {
@@ -244,14 +244,14 @@ TEST_CASE("attention of the next chunk runs while another device has a chunk's e
       std::this_thread::sleep_for(std::chrono::microseconds(100));
     met = appended >= 4;
   };
-  auto engine = run::create_engine(
-      test::config_of(with(kSettings, {{"devices", "cpu:0,cpu:1"},
-                                       {"placement.layers", "cpu:0=*"},
-                                       {"placement.experts", "cpu:1=*"},
-                                       {"prefill.in_flight", "2"}})),
-      {}, nullptr, [&](std::unique_ptr<Backend> backend, int device) {
-        return run::observed(std::move(backend), device, seen);
-      });
+  auto engine =
+      run::create_engine(test::config_of(with(kSettings, {{"devices", "cpu:0,cpu:1"},
+                                                          {"placement.layers", "cpu:0=*"},
+                                                          {"placement.experts", "cpu:1=*"},
+                                                          {"prefill.in_flight", "2"}})),
+                         {}, nullptr, [&](std::unique_ptr<Backend> backend, int device) {
+                           return run::observed(std::move(backend), device, seen);
+                         });
   REQUIRE(engine.ok());
   auto plan = engine->plan(path);
   REQUIRE(plan.ok());
@@ -307,8 +307,8 @@ TEST_CASE("groups of a batch that take turns have the bits of one session", "[in
 struct Measured {
   double elapsed = 0;
   std::vector<double> busy;  // by device
-  // Where chunks go one by one: what the busier device of each chunk does.  Attention grows with the
-  // text, so that the busier one may be another at its end.
+  // Where chunks go one by one: what the busier device of each chunk does.  Attention grows with
+  // the text, so that the busier one may be another at its end.
   double by_chunk = 0;
   double bound() const { return *std::max_element(busy.begin(), busy.end()); }
 };

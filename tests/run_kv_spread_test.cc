@@ -213,9 +213,7 @@ TEST_CASE("a batch of spread caches has sections, too", "[kv_spread]") {
   const std::string path = test::test_data("models/tiny-v3");
   const test::Settings settings{
       {"context.max", "2400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
-  const auto step = [](const Model& model) {
-    return batch_logits(model, {40, 1300, 600}, 512);
-  };
+  const auto step = [](const Model& model) { return batch_logits(model, {40, 1300, 600}, 512); };
   const std::vector<float> expected = step(test::load_model(path, settings));
   for (const test::Settings& spread : kSectionSpreads)
     check_same(expected, step(test::load_model(path, with(settings, spread))));
@@ -311,9 +309,7 @@ TEST_CASE("sessions with spread caches step together", "[kv_spread]") {
   const std::string path = test::test_data("models/tiny-v3");
   const test::Settings settings{
       {"context.max", "1400"}, {"prefill.chunk", "64"}, {"threads", "1"}, {"sessions.max", "3"}};
-  const auto step = [](const Model& model) {
-    return batch_logits(model, {40, 600, 1100});
-  };
+  const auto step = [](const Model& model) { return batch_logits(model, {40, 600, 1100}); };
   const std::vector<float> expected = step(test::load_model(path, settings));
   for (const test::Settings& spread : kSpreads) {
     const Model model = test::load_model(path, with(settings, spread));
@@ -609,8 +605,8 @@ TEST_CASE("rows that a card cannot hold are attended on the host or streamed, as
   }
 }
 
-// Coder-V2 236B: attention on one of two cards, experts on the host.  A step at the end of a text, with
-// rows of the cache where `rows` says.
+// Coder-V2 236B: attention on one of two cards, experts on the host.  A step at the end of a text,
+// with rows of the cache where `rows` says.
 struct StepSeconds {
   double step, home, guest;
 };
@@ -664,8 +660,8 @@ TEST_CASE("rows on two simulated cards are attended at once", "[kv_spread][simul
   CHECK(beside.step < alone.step - 0.3 * beside.guest);
 }
 
-// What the length of a section is: shorter ones let a holder of few rows begin earlier, and cost every
-// long text operations on its own card.
+// What the length of a section is: shorter ones let a holder of few rows begin earlier, and cost
+// every long text operations on its own card.
 TEST_CASE("shorter sections cost one card more than they bring two",
           "[kv_spread][simulation][slow]") {
   std::string table;
@@ -685,8 +681,8 @@ TEST_CASE("shorter sections cost one card more than they bring two",
       }
     }
   INFO(table);
-  // At the length at which rows have to be on two cards shorter sections win nothing there, and lose
-  // on one.
+  // At the length at which rows have to be on two cards shorter sections win nothing there, and
+  // lose on one.
   CHECK(alone_long[1] > 1.005 * alone_long[0]);
   CHECK(beside_long[1] > 0.99 * beside_long[0]);
 }

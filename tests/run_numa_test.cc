@@ -88,9 +88,9 @@ void check_model(const char* name) {
     for (const bool devices : {false, true}) {
       INFO(name << " on " << n_nodes << " nodes as " << (devices ? "devices" : "rows"));
       Machine machine(n_nodes);
-      const Engine engine =
-          machine.engine(with(kCommon, devices ? test::Settings{{"devices", "numa"}, {"threads", "2"}}
-                                               : test::Settings{{"numa", "rows"}, {"threads", "3"}}));
+      const Engine engine = machine.engine(
+          with(kCommon, devices ? test::Settings{{"devices", "numa"}, {"threads", "2"}}
+                                : test::Settings{{"numa", "rows"}, {"threads", "3"}}));
       CHECK(engine.n_devices() == (devices ? n_nodes : 1));
       const Model model = load(engine, path);
       const auto diff = test::first_bit_difference(expected, test::logits_and_steps(model));
@@ -134,25 +134,24 @@ TEST_CASE("rows: one copy, each matrix on all nodes, everything else spread", "[
 
   // Of each matrix: its pages, half on each node, up to the row group in the middle.
   int64_t n_matrices = 0, n_pages = 0;
-  nn::for_each_weight(
-      *model.state()->weights, [&](const auto& weight) {
-        if constexpr (std::is_same_v<std::decay_t<decltype(weight)>, Weight>) {
-          if (weight.data == nullptr) return;
-          for (int64_t i = 0; i < weight.count; ++i, ++n_matrices) {
-            const int64_t groups = cpu::row_groups(weight);
-            const auto begin = reinterpret_cast<uintptr_t>(weight.matrix(i));
-            const auto middle = begin + uintptr_t(groups / 2 * cpu::group_bytes(weight));
-            const int64_t bytes = cpu::is_packed(weight)
-                                      ? groups * cpu::group_bytes(weight)
-                                      : weight.rows * row_bytes(weight.dtype, weight.cols);
-            for (uintptr_t at = (begin + page - 1) / page * page; at < begin + uintptr_t(bytes);
-                 at += page, ++n_pages) {
-              REQUIRE(node_of.count(at) == 1);
-              CHECK(node_of[at] == (at < middle ? 0 : 1));
-            }
-          }
+  nn::for_each_weight(*model.state()->weights, [&](const auto& weight) {
+    if constexpr (std::is_same_v<std::decay_t<decltype(weight)>, Weight>) {
+      if (weight.data == nullptr) return;
+      for (int64_t i = 0; i < weight.count; ++i, ++n_matrices) {
+        const int64_t groups = cpu::row_groups(weight);
+        const auto begin = reinterpret_cast<uintptr_t>(weight.matrix(i));
+        const auto middle = begin + uintptr_t(groups / 2 * cpu::group_bytes(weight));
+        const int64_t bytes = cpu::is_packed(weight)
+                                  ? groups * cpu::group_bytes(weight)
+                                  : weight.rows * row_bytes(weight.dtype, weight.cols);
+        for (uintptr_t at = (begin + page - 1) / page * page; at < begin + uintptr_t(bytes);
+             at += page, ++n_pages) {
+          REQUIRE(node_of.count(at) == 1);
+          CHECK(node_of[at] == (at < middle ? 0 : 1));
         }
-      });
+      }
+    }
+  });
   CHECK(n_matrices > 20);
   // All pages that were bound are those of rows; a tied head is the embedding.
   CHECK(n_pages >= static_cast<int64_t>(node_of.size()));
@@ -161,7 +160,7 @@ TEST_CASE("rows: one copy, each matrix on all nodes, everything else spread", "[
 
 TEST_CASE("nodes as devices: each with its threads, its memory and its free bytes", "[numa]") {
   Machine machine(2, /*free_mib=*/300);
-  machine.files.node(1, "", 500, 400);   // memory alone: no device
+  machine.files.node(1, "", 500, 400);  // memory alone: no device
   machine.files.node(4, "1", 1000, 200, "32 28 10");
   machine.files.node(0, "0", 1000, 300, "10 15 32");
   const Engine engine = machine.engine(with(kCommon, {{"devices", "numa"}}));
@@ -279,8 +278,8 @@ TEST_CASE("what is refused is logged, reported and marked, and the model runs", 
 TEST_CASE("without a node in the files a device is what it was", "[numa]") {
   test::FakeMachine machine;
   test::RecordedNuma system;
-  auto cpu = cpu::CpuBackend::create({.threads = 2, .numa = NumaMode::kRows},
-                                     {machine.path(), &system});
+  auto cpu =
+      cpu::CpuBackend::create({.threads = 2, .numa = NumaMode::kRows}, {machine.path(), &system});
   REQUIRE(cpu.ok());
   CHECK((*cpu)->remarks().empty());
   CHECK(system.take_calls().empty());

@@ -99,10 +99,9 @@ TEST_CASE("a device reads the next chunk while another one is in the one before"
                              {"placement.head", "cpu:2"}});
   const Engine engine = watched_engine(three, [&](const OpTime& op) {
     if (op.device == 0 && op.op == "embed") ++chunks_at_0;
-    // Device 1, in its first operation on the first chunk: not further before device 0 has begun the
-    // second.  One thread for both would do that behind all of device 1's operations.
-    if (op.device == 1 && armed.exchange(false))
-      met = wait_until([&] { return chunks_at_0 > 1; });
+    // Device 1, in its first operation on the first chunk: not further before device 0 has begun
+    // the second.  One thread for both would do that behind all of device 1's operations.
+    if (op.device == 1 && armed.exchange(false)) met = wait_until([&] { return chunks_at_0 > 1; });
   });
   const Model one = test::load_model(path, settings), several = load(engine, path);
   const auto tokens = some_tokens(250, one.config().vocab_size);
@@ -140,10 +139,8 @@ TEST_CASE("an expert device works while the shared expert runs", "[overlap]") {
 
 TEST_CASE("sessions on threads of their own share devices", "[overlap]") {
   const std::string path = test::test_data("models/tiny-v3");
-  const test::Settings settings{{"context.max", "200"},
-                                {"prefill.chunk", "32"},
-                                {"threads", "1"},
-                                {"sessions.max", "3"}};
+  const test::Settings settings{
+      {"context.max", "200"}, {"prefill.chunk", "32"}, {"threads", "1"}, {"sessions.max", "3"}};
   test::Settings two = settings;
   two.insert(two.end(), {{"devices", "cpu:0,cpu:1"}, {"placement.layers", "cpu:0=0-1,cpu:1=2"}});
   // A session stands in device 1 until another one has done something on device 0: sometimes all

@@ -353,9 +353,9 @@ void check_shares(const SharedCase& c) {
   for (size_t p = 0; p < kPhaseCount; ++p) {
     INFO(c.name << ", " << phase_name(static_cast<Phase>(p)));
     CHECK(beyond_share(1, p, p) <= static_cast<double>(plan->devices[1].kv_page_bytes));
-    // All cards alike, but that those with fewer layers stand for the cache that is still to come to
-    // the others, so that their share is that of the whole; and an expert, which is not divided, may
-    // be more than a page.
+    // All cards alike, but that those with fewer layers stand for the cache that is still to come
+    // to the others, so that their share is that of the whole; and an expert, which is not divided,
+    // may be more than a page.
     for (size_t d = 1; d <= n_cards; ++d) {
       INFO(plan->devices[d].name);
       CHECK(beyond_share(d, full, p) <= static_cast<double>(std::max(page, expert)));

@@ -60,9 +60,8 @@ void check_used_is_planned(const Model& model) {
     const PlanDevice& device = model.plan().devices[d];
     // Copies of experts fill what is left, but for a part of one.
     const ModelConfig& c = model.config();
-    const int64_t part = device.expert_cache_bytes > 0
-                             ? 3 * c.hidden_size * c.moe_intermediate_size * 2
-                             : 0;
+    const int64_t part =
+        device.expert_cache_bytes > 0 ? 3 * c.hidden_size * c.moe_intermediate_size * 2 : 0;
     CHECK(memory.devices[d].bytes_peak <= device.peak_bytes());
     CHECK(memory.devices[d].bytes_peak >= device.peak_bytes() - part);
     CHECK(memory.devices[d].bytes_peak <= memory.devices[d].budget_bytes);

@@ -90,8 +90,8 @@ int run(const DevicesArgs& args) {
 
 void add_devices(CLI::App& app, Action& action) {
   auto args = std::make_shared<DevicesArgs>();
-  CLI::App* command = app.add_subcommand(
-      "devices", "Show memory nodes, devices and links of this machine");
+  CLI::App* command =
+      app.add_subcommand("devices", "Show memory nodes, devices and links of this machine");
   command->add_flag("--measure", args->measure,
                     "measure first, two seconds per device; the rates are kept for later");
   add_config_flags(*command, args->config, false);

@@ -1,5 +1,6 @@
 #include "profile_file.h"
 
+#include <unistd.h>
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +9,6 @@
 #include <fstream>
 #include <iterator>
 #include <optional>
-#include <unistd.h>
 
 #include <fmt/format.h>
 
@@ -88,7 +88,8 @@ fathom::Config config_with_profile(const std::string& model, const ConfigFlags& 
       profile_path(fathom::model_fingerprint(*file), fathom::machine_fingerprint(*engine));
   std::ifstream stream(path, std::ios::binary);
   if (path.empty() || !stream) return config;
-  const std::string text((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+  const std::string text((std::istreambuf_iterator<char>(stream)),
+                         std::istreambuf_iterator<char>());
   std::string told;
   if (const auto why_not = try_profile(model, flags, text, *file, *engine, config, told))
     note(fmt::format("profile ignored: {} ({})", *why_not, path));

@@ -106,8 +106,8 @@ int run(const RunArgs& args) {
   if (!args.prompt.given() && args.load_state.empty() && args.output.json)
     usage_error("--json needs a prompt: give -p, -f or --tokens");
   TimelineFile timeline(args.timeline);
-  const fathom::Config config = args.no_profile ? make_config(args.config)
-                                                : config_with_profile(args.model, args.config);
+  const fathom::Config config =
+      args.no_profile ? make_config(args.config) : config_with_profile(args.model, args.config);
   Loaded loaded = load_model(args.model, config, args.config, &timeline);
   if (!args.prompt.given() && args.load_state.empty()) {
     const int code = run_chat(args, loaded);
@@ -182,12 +182,12 @@ void print_statistics(const Loaded& loaded, const fathom::Session& session) {
                    rate(times.decode_tokens, times.decode_seconds)));
   if (const fathom::ExpertCacheStats cache = loaded.model.expert_cache();
       cache.copied > 0 || cache.choices > 0)
-    note(fmt::format("expert cache: {} of {} choices from copies ({:.1f} %); holds {} experts, {}; "
-                     "{} copied, {} dropped",
-                     with_commas(cache.hits), with_commas(cache.choices),
-                     100.0 * rate(cache.hits, static_cast<double>(cache.choices)),
-                     with_commas(cache.n_experts), human_bytes(cache.bytes),
-                     with_commas(cache.copied), with_commas(cache.dropped)));
+    note(fmt::format(
+        "expert cache: {} of {} choices from copies ({:.1f} %); holds {} experts, {}; "
+        "{} copied, {} dropped",
+        with_commas(cache.hits), with_commas(cache.choices),
+        100.0 * rate(cache.hits, static_cast<double>(cache.choices)), with_commas(cache.n_experts),
+        human_bytes(cache.bytes), with_commas(cache.copied), with_commas(cache.dropped)));
   int64_t planned = 0, peak = 0;  // the timeline's recorder is in both
   for (const fathom::DeviceMemory& device : loaded.engine.memory().devices) {
     planned += device.bytes_planned;
@@ -222,8 +222,7 @@ void add_run(CLI::App& app, Action& action) {
   command->add_option("--save-state", args->save_state,
                       "save the session to FILE at the end, also after ^C");
   add_timeline_flag(*command, args->timeline);
-  command->add_flag("--no-profile", args->no_profile,
-                    "do not use what `fathom tune` has measured");
+  command->add_flag("--no-profile", args->no_profile, "do not use what `fathom tune` has measured");
   add_sampling_flags(*command, args->generate.sampling);
   add_config_flags(*command, args->config);
   add_output_flags(*command, args->output);

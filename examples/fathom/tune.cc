@@ -46,8 +46,9 @@ std::string settings_text(const fathom::TuneSettings& settings) {
 
 std::string row(const fathom::TuneTrial& trial) {
   const std::string what = settings_text(trial.settings);
-  if (!trial.measured) return fmt::format("{:>10} {:>10} {:>12}  {}: {}", "-", "-",
-                                          human_bytes(trial.peak_bytes), what, trial.why_not);
+  if (!trial.measured)
+    return fmt::format("{:>10} {:>10} {:>12}  {}: {}", "-", "-", human_bytes(trial.peak_bytes),
+                       what, trial.why_not);
   return fmt::format("{:>10.1f} {:>10.1f} {:>12}  {}", trial.rates.prefill_tps,
                      trial.rates.decode_tps, human_bytes(trial.peak_bytes), what);
 }
@@ -88,9 +89,9 @@ int run(const TuneArgs& args) {
   options.on_trial = [](const fathom::TuneTrial& trial) { note(row(trial)); };
   const fathom::TuneResult result =
       must(fathom::tune(args.model, make_config(args.config), options));
-  const std::string file =
-      args.output.empty() ? profile_path(result.profile.model, result.profile.machine)
-                          : args.output;
+  const std::string file = args.output.empty()
+                               ? profile_path(result.profile.model, result.profile.machine)
+                               : args.output;
   write_profile(file, result.profile);
   const fathom::TuneTrial& best = result.trials[static_cast<size_t>(result.best)];
   if (args.flags.json) {
@@ -122,7 +123,9 @@ void add_tune(CLI::App& app, Action& action) {
   CLI::App* command = app.add_subcommand(
       "tune", "Measure which settings are fastest on this machine, for `run` to use");
   add_model_flag(*command, args->model);
-  command->add_option("--goal", args->goal, "decode, prefill, or context=TOKENS to hold and work through")
+  command
+      ->add_option("--goal", args->goal,
+                   "decode, prefill, or context=TOKENS to hold and work through")
       ->capture_default_str();
   command->add_option("--seconds", args->seconds, "no measurement begins later")
       ->check(CLI::NonNegativeNumber)

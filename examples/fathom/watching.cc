@@ -49,8 +49,8 @@ std::string memory_line(const fathom::Session& session) {
   double share = 0;  // of the budget that is closest to its end
   for (const fathom::BudgetForecast& budget : forecast.budgets)
     if (budget.budget_bytes > 0)
-      share = std::max(share, static_cast<double>(budget.bytes_now) /
-                                  static_cast<double>(budget.budget_bytes));
+      share = std::max(
+          share, static_cast<double>(budget.bytes_now) / static_cast<double>(budget.budget_bytes));
   return fmt::format("KV {}, budget {:.0f}%, room for {} tokens",
                      human_bytes(session.cache().size_bytes()), 100 * share,
                      with_commas(forecast.n_tokens_end));

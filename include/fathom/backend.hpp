@@ -47,8 +47,8 @@ struct Weight {
   bool block_scaled = false;  // kF8E4M3 with f32 scales per 128 x 128 block (weight_scale_inv)
   uint8_t layout = 0;         // private to the backend
   int64_t rows = 0, cols = 0;
-  int64_t count = 1;          // experts or heads
-  int64_t matrix_bytes = 0;   // from one matrix to the next
+  int64_t count = 1;         // experts or heads
+  int64_t matrix_bytes = 0;  // from one matrix to the next
   void* data = nullptr;
   // matrix() must not be called on a weight whose data is null.
   std::byte* matrix(int64_t index) const noexcept {
@@ -67,8 +67,8 @@ struct OpContext {
 struct EmbedParams {
   const int32_t* tokens;  // [n_tokens] host memory; 0 <= id < table->rows
   int64_t n_tokens;
-  const Weight* table;    // [vocab_size, hidden_size]
-  float* out;             // [n_tokens, hidden_size]
+  const Weight* table;  // [vocab_size, hidden_size]
+  float* out;           // [n_tokens, hidden_size]
 };
 
 // out[t, :] = x[t, :] / sqrt(mean(x[t, :]^2) + eps) * weight.  May run in place.
@@ -168,9 +168,9 @@ struct AttendAbsorbedParams {
   float* out;  // [n_tokens, n_heads, kv_lora_rank] dense; holds the running sum until finish
 };
 
-// state, out (+)= part, part_out: what attend_absorbed() found without finish of two parts of the rows,
-// the second behind the first, becomes what it would have found of both; `finish` divides out by sum.
-// The bits depend on where the parts meet: the caller decides.
+// state, out (+)= part, part_out: what attend_absorbed() found without finish of two parts of the
+// rows, the second behind the first, becomes what it would have found of both; `finish` divides out
+// by sum. The bits depend on where the parts meet: the caller decides.
 struct MergeAttentionParams {
   int64_t n_tokens, n_heads, kv_lora_rank;
   AttentionState state;  // [n_tokens, n_heads] each
@@ -188,9 +188,10 @@ struct AttendExpandedParams {
   int64_t qk_nope_head_dim, v_head_dim;
   int64_t first_position;
   float scale;
-  const Weight* k_b;    // count == n_heads; [kv_lora_rank, nope], or [nope, kv_lora_rank] when k_b_transposed
+  // count == n_heads; [kv_lora_rank, nope], or [nope, kv_lora_rank] when k_b_transposed
+  const Weight* k_b;
   bool k_b_transposed;
-  const Weight* v_b;    // count == n_heads; [v_head_dim, kv_lora_rank]
+  const Weight* v_b;  // count == n_heads; [v_head_dim, kv_lora_rank]
   KvRows rows;
   AttentionState state;
   bool begin = true, finish = true;
@@ -232,13 +233,13 @@ struct ExpertsParams {
   const float* weights;  // [n_tokens, num_experts_per_tok]
   int64_t num_experts_per_tok;
   const Weight *gate, *up, *down;  // the same count
-  float* out;  // [n_tokens, hidden_size]
+  float* out;                      // [n_tokens, hidden_size]
   int64_t first_expert = 0;
   int64_t n_experts = 0;  // of the layer, on all devices; 0: gate->count
-  bool add = true;  // to what out holds; otherwise the sum begins at zero in every row
-  // Where set, nothing is summed and `out` is not touched: the result of each (t, k) whose expert is
-  // here goes, without its weight, to row t * num_experts_per_tok + k, for sum_experts().  Other rows
-  // are left alone.  Only for backends with keeps_expert_rows().
+  bool add = true;        // to what out holds; otherwise the sum begins at zero in every row
+  // Where set, nothing is summed and `out` is not touched: the result of each (t, k) whose expert
+  // is here goes, without its weight, to row t * num_experts_per_tok + k, for sum_experts().  Other
+  // rows are left alone.  Only for backends with keeps_expert_rows().
   float* rows = nullptr;  // [n_tokens, num_experts_per_tok, hidden_size]
 };
 
@@ -307,8 +308,8 @@ class Backend {
   virtual void release(void* base, int64_t bytes) noexcept = 0;
   virtual bool host_accessible() const noexcept = 0;  // device pointers may be read by the host
   // Copies between the host's memory and the device's, done when they return; from any thread.  The
-  // caller has waited (sync) for operations that write what is read or use what is written: a device
-  // may put the copy behind what is queued, or not.  Errors: kDevice.
+  // caller has waited (sync) for operations that write what is read or use what is written: a
+  // device may put the copy behind what is queued, or not.  Errors: kDevice.
   virtual Status upload(void* device, const void* host, int64_t bytes) noexcept = 0;
   virtual Status download(void* host, const void* device, int64_t bytes) noexcept = 0;
   // Committed host memory that copies will go to or come from often: a device may pin it, so that
@@ -326,7 +327,8 @@ class Backend {
   virtual Status store_rows(const Weight& weight, int64_t index, int64_t first_row, int64_t n_rows,
                             const void* rows) noexcept = 0;
   // Block scales of matrix `index`: f32 [ceil(rows/128), ceil(cols/128)], host memory.
-  virtual Status store_scales(const Weight& weight, int64_t index, const float* scales) noexcept = 0;
+  virtual Status store_scales(const Weight& weight, int64_t index,
+                              const float* scales) noexcept = 0;
 
   // ---- workspace: from shapes and flags alone (data pointers are not followed); never falls when
   // n_rows or n_tokens grows, so that the longest pass decides, and never depends on rows.n_rows or
@@ -352,8 +354,8 @@ class Backend {
   virtual void merge_attention(const OpContext&, const MergeAttentionParams&) noexcept = 0;
   virtual void attend_expanded(const OpContext&, const AttendExpandedParams&) noexcept = 0;
   // attend_absorbed() for several texts, which share n_heads, strides, scale and layout: the same
-  // bits as one after the other, for devices on which every launch takes its time.  The workspace is
-  // that of one text with the tokens of all.
+  // bits as one after the other, for devices on which every launch takes its time.  The workspace
+  // is that of one text with the tokens of all.
   virtual void attend_texts(const OpContext& op, const AttendAbsorbedParams* texts,
                             int64_t n_texts) noexcept {
     for (int64_t i = 0; i < n_texts; ++i) attend_absorbed(op, texts[i]);
@@ -362,8 +364,8 @@ class Backend {
   virtual void ffn(const OpContext&, const FfnParams&) noexcept = 0;
   virtual void experts(const OpContext&, const ExpertsParams&) noexcept = 0;
   virtual void add(const OpContext&, const AddParams&) noexcept = 0;
-  // Whether experts() can keep its rows apart and sum_experts() adds them up: what copies of experts
-  // on a second device need (experts.cache).  A backend without it has no such copies.
+  // Whether experts() can keep its rows apart and sum_experts() adds them up: what copies of
+  // experts on a second device need (experts.cache).  A backend without it has no such copies.
   virtual bool keeps_expert_rows() const noexcept { return false; }
   virtual void sum_experts(const OpContext&, const SumExpertsParams&) noexcept {}
   // For devices whose logits would have to be brought to the host: the most tokens that top_k()
@@ -391,22 +393,23 @@ MemoryState host_memory(const std::string& root = {}) noexcept;
 // What a CPU device makes of several nodes.  Results do not depend on it.
 //   kAuto  kRows where the process may use processors of several nodes
 //   kOff   nothing: memory lies where the system puts it, threads run where it lets them
-//   kRows  each matrix is cut by rows over the nodes, in proportion to their processors; the rows of
-//          a node lie in its memory and are multiplied by threads bound to it; other memory is spread
+//   kRows  each matrix is cut by rows over the nodes, in proportion to their processors; those of
+//          a node lie in its memory and are multiplied by threads bound to it; other memory is
+//          spread
 enum class NumaMode : uint8_t { kAuto, kOff, kRows };
 
 // ---- built-in backends ----
 struct CpuOptions {
   std::string name = "cpu";
-  int threads = 0;          // 0: the processors this process may use (of the node)
-  std::string isa = "auto"; // "scalar", "avx2", "avx512", "amx"; refused when the machine lacks it
+  int threads = 0;           // 0: the processors this process may use (of the node)
+  std::string isa = "auto";  // "scalar", "avx2", "avx512", "amx"; refused when the machine lacks it
   Numerics numerics = Numerics::kFast;
   HostAllocator allocator = {};  // with one, memory is not bound to nodes: it is the host's
   NumaMode numa = NumaMode::kAuto;
   int node = -1;  // the device is this node alone: its threads and its memory; -1: all nodes
 };
-// Starts the thread pool.  Errors: kConfig (unknown isa or node), kUnsupported (this machine lacks it, and
-// the message says what it lacks), kMemory.
+// Starts the thread pool.  Errors: kConfig (unknown isa or node), kUnsupported (this machine lacks
+// it, and the message says what it lacks), kMemory.
 Result<std::unique_ptr<Backend>> make_cpu_backend(const CpuOptions&);
 
 // Instruction sets compiled in, best first, with whether this machine runs them and why not.

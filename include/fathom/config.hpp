@@ -74,7 +74,8 @@ struct Config {
   // library, in ../lib of there, or where the system looks for libraries.
   std::optional<std::string> cuda_plugin;
   // budget.<device>: bytes that the ledger lets this device hold; auto: what is free when the
-  // engine is made.  Suffixes K, M, G, T (powers of 1024).  "host" limits the sum of all CPU devices.
+  // engine is made.  Suffixes K, M, G, T (powers of 1024).  "host" limits the sum of all CPU
+  // devices.
   std::map<std::string, int64_t> budget;
 
   // context.max: tokens a session may hold.  auto: what fits the budgets, at most what the model
@@ -87,9 +88,10 @@ struct Config {
   // exact, else f16 (latents are normed, so its range suffices, and it keeps 8 times the precision
   // of bf16 in the same bytes).  Bytes per token follow it.
   std::optional<KvType> kv_type;
-  // kv.recent_16bit, kv.first_16bit: with kv.type fp8, q8_0 or q4_0, pages that hold one of the last
-  // or first so many tokens stay in f16; a page is rewritten in kv.type when it leaves the window.
-  // The window is at least prefill.chunk.  Default 0: all pages are written in kv.type at once.
+  // kv.recent_16bit, kv.first_16bit: with kv.type fp8, q8_0 or q4_0, pages that hold one of the
+  // last or first so many tokens stay in f16; a page is rewritten in kv.type when it leaves the
+  // window. The window is at least prefill.chunk.  Default 0: all pages are written in kv.type at
+  // once.
   int64_t kv_recent_16bit = 0;
   int64_t kv_first_16bit = 0;
   // kv.page_tokens: tokens per page, a power of two in [16, 4096].  auto: 64 or what makes a page
@@ -97,8 +99,8 @@ struct Config {
   std::optional<int64_t> kv_page_tokens;
 
   // kv.tiers: where cache pages may live: device, then host (memory of the host, for devices that
-  // have their own), then file.  Beyond `device` the plan adds a staging buffer per session, through
-  // which attention reads what was moved.  Default: device.
+  // have their own), then file.  Beyond `device` the plan adds a staging buffer per session,
+  // through which attention reads what was moved.  Default: device.
   std::vector<KvTier> kv_tiers = {KvTier::kDevice};
   // kv.spill_folder: where the file tier keeps one file per session, without a name, so that it is
   // gone with the process however that ends.  Absolute path on a disk.  Default: /var/tmp.
@@ -106,10 +108,10 @@ struct Config {
   // kv.spill_tmpfs: what to do about a spill folder whose files lie in memory (tmpfs, ramfs):
   // moving pages there would free a budget and fill the machine.  Default: refuse.
   SpillTmpfs kv_spill_tmpfs = SpillTmpfs::kRefuse;
-  // kv.ladder: what is done, in this order, when memory ends: any of chunk, spill, requantise, file;
-  // after the last one the session is full (kContextFull) and intact.  Steps that do not apply are
-  // passed over: spill and file without their tier, chunk with a pinned prefill.chunk.  none: a
-  // budget that ends is kBudget at once.  Default: the steps that cost no quality.
+  // kv.ladder: what is done, in this order, when memory ends: any of chunk, spill, requantise,
+  // file; after the last one the session is full (kContextFull) and intact.  Steps that do not
+  // apply are passed over: spill and file without their tier, chunk with a pinned prefill.chunk.
+  // none: a budget that ends is kBudget at once.  Default: the steps that cost no quality.
   std::vector<LadderStep> kv_ladder = {LadderStep::kChunk, LadderStep::kSpill, LadderStep::kFile};
   // kv.ladder_type: the smallest type that requantise may reach.  Default: q8_0.
   KvType kv_ladder_type = KvType::kQ8_0;
@@ -137,16 +139,17 @@ struct Config {
   std::string placement_head = "auto";
   // placement.kv: which devices hold the rows of the cache, in the order of the text: "home=65536,
   // cpu=*" leaves the first 65,536 tokens with their layer's device (home) and puts the others on
-  // cpu; what no part names stays home.  Attention is computed where the rows lie.  Multiples of 512
-  // and of the page.  auto: with their layer, and on several devices where one cannot hold them.
+  // cpu; what no part names stays home.  Attention is computed where the rows lie.  Multiples of
+  // 512 and of the page.  auto: with their layer, and on several devices where one cannot hold
+  // them.
   std::string placement_kv = "auto";
   // placement.goal: what the placement makes fast.
   PlacementGoal placement_goal = PlacementGoal::kDecode;
 
-  // experts.cache: bytes of copies of routed experts that each device may keep of its layers' experts
-  // that live on other devices, in memory that nothing else needs yet; the most used ones, and as the
-  // text grows they are given back before anything else is done.  The results do not change.  auto:
-  // all that is idle, on devices whose memory is not the host's.  0: none.
+  // experts.cache: bytes of copies of routed experts that each device may keep of its layers'
+  // experts that live on other devices, in memory that nothing else needs yet; the most used ones,
+  // and as the text grows they are given back before anything else is done.  The results do not
+  // change.  auto: all that is idle, on devices whose memory is not the host's.  0: none.
   std::optional<int64_t> experts_cache;
   // experts.cache_window: tokens after which the counts of use are halved, so that what was used
   // lately counts most.  Default 1024.  [16, 2^31)
@@ -162,7 +165,7 @@ struct Config {
   // numa: what a CPU device makes of several memory nodes: auto (rows where the process may use
   // several), off, rows (NumaMode).  One copy of the weights, the same results, the same bytes.
   NumaMode numa = NumaMode::kAuto;
-  std::string isa = "auto";  // isa: auto, scalar, avx2, avx512, amx
+  std::string isa = "auto";             // isa: auto, scalar, avx2, avx512, amx
   Numerics numerics = Numerics::kFast;  // numerics: fast, exact
 
   // Sets one key from text.  Errors: kConfig; the message names the key, the value and the range,

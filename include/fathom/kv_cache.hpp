@@ -29,8 +29,8 @@ struct KVCacheOptions {
   std::vector<int64_t> layers_on_device;  // [n_devices] layers whose attention is there
   int64_t max_tokens = 0;                 // addresses are reserved for so many
   std::vector<KvTier> tiers = {KvTier::kDevice};
-  std::string spill_folder = {};          // for the file tier
-  bool spill_to_memory = false;           // the folder may lie in memory
+  std::string spill_folder = {};  // for the file tier
+  bool spill_to_memory = false;   // the folder may lie in memory
   // The smallest type that the session's ladder may rewrite cold pages in; none: it does not.
   std::optional<KvType> floor_type = std::nullopt;
   // Rows that lie on other devices than their layers (Placement::kv).
@@ -59,8 +59,8 @@ class KVCache {
   // the page to be written next was moved to the file and cannot be read.  Cost: O(new pages).
   Status reserve(int64_t n_tokens);
   // Makes room for one page more, in the type in which its rows were saved: the policy's type,
-  // hot_type where it has hot pages, or one that the ladder may have rewritten it in.  Errors: kContextFull, kMismatch (names the types), kBudget,
-  // kMemory; then no page is added.
+  // hot_type where it has hot pages, or one that the ladder may have rewritten it in.  Errors:
+  // kContextFull, kMismatch (names the types), kBudget, kMemory; then no page is added.
   Status add_page(KvType type);
   // Says that the rows up to `n_tokens` are written now; n_tokens() <= n_tokens <= capacity.
   void commit_rows(int64_t n_tokens) noexcept;

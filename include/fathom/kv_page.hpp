@@ -99,11 +99,10 @@ struct KvPolicy {
   constexpr KvType new_page_type(int64_t page) const noexcept {
     return recent_tokens > 0 || page < first_cold_page() ? hot_type : type;
   }
-  // Tokens at which the last page of n_tokens, or the last one before `end_page`, is begun.  Nowhere
+  // Tokens at which the last page of n_tokens, or the last one before `end_page`, is begun. Nowhere
   // on the way to n_tokens do the pages before end_page take more bytes: further on one may have
   // left the window and have been rewritten.
-  constexpr int64_t last_page_begun(int64_t n_tokens,
-                                    int64_t end_page = INT64_MAX) const noexcept {
+  constexpr int64_t last_page_begun(int64_t n_tokens, int64_t end_page = INT64_MAX) const noexcept {
     const int64_t pages = pages_for(n_tokens) < end_page ? pages_for(n_tokens) : end_page;
     return pages > 0 ? (pages - 1) * page_tokens + 1 : 0;
   }
@@ -125,7 +124,8 @@ struct KvPolicy {
                                    int64_t end_page = INT64_MAX) const noexcept {
     const int64_t pages = pages_for(n_tokens) < end_page ? pages_for(n_tokens) : end_page;
     if (pages <= first_page) return 0;
-    const int64_t hot_end = recent_tokens > 0 || first_cold_page() > pages ? pages : first_cold_page();
+    const int64_t hot_end =
+        recent_tokens > 0 || first_cold_page() > pages ? pages : first_cold_page();
     const int64_t hot = hot_end > first_page ? hot_end - first_page : 0;
     return (pages - first_page - hot) * cold_page_bytes + hot * hot_page_bytes;
   }

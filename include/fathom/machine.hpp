@@ -87,8 +87,8 @@ struct MachineDescription {
   // dense_flops_per_s, attention_flops_per_s, operation_s.  Bytes are numbers or text as "24G"; a
   // `like` of known size makes `bytes` optional.  Keys of a link ("links": [...]): from, to
   // (names), bytes_per_s, latency_s.  Beside the lists: "name", "file": {"bytes_per_s": ...} and
-  // "expert_skew".  Errors: kConfig, naming the key, the value and its range, and for an unknown key
-  // the nearest known one; with the byte offset for malformed text.
+  // "expert_skew".  Errors: kConfig, naming the key, the value and its range, and for an unknown
+  // key the nearest known one; with the byte offset for malformed text.
   static Result<MachineDescription> parse(std::string_view json);
   // The same from a file.  Errors: also kNotFound, kIo.
   static Result<MachineDescription> read(const std::string& path);

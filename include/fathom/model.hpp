@@ -1,4 +1,5 @@
-// Model: loaded weights and tokenizer.  Changes after load by replan() only; threads share it freely.
+// Model: loaded weights and tokenizer.  Changes after load by replan() only; threads share it
+// freely.
 //
 //   Result<Model> model = Model::load("model.gguf");            // with an engine of its own
 //   Result<Model> model = Model::load(engine, plan, {.progress = bar});
@@ -45,11 +46,11 @@ class Model {
 
   // Moves the model and all its sessions to the placement that is planned now: after a budget was
   // changed (Engine::set_budget) so that the present one no longer fits or could be better, or when
-  // a device was lost - calls answer kDevice - and its budget was set to 0.  `config` is that of the
-  // new plan, for pins; its budgets are those of the engine.  Weights that stay on their device stay
-  // where they are, others are read from the file again; sessions go through a file without a name in
-  // kv.spill_folder and go on with the same bits.  Rows that were lost with a device are computed
-  // again from the session's tokens.
+  // a device was lost - calls answer kDevice - and its budget was set to 0.  `config` is that of
+  // the new plan, for pins; its budgets are those of the engine.  Weights that stay on their device
+  // stay where they are, others are read from the file again; sessions go through a file without a
+  // name in kv.spill_folder and go on with the same bits.  Rows that were lost with a device are
+  // computed again from the session's tokens.
   //
   // What a device gets must fit beside what it holds until the move is done.  On an error the model
   // and its sessions are as before, but for sessions whose rows are lost: they keep their tokens()
@@ -71,9 +72,9 @@ class Model {
   const std::vector<std::string>& load_report() const noexcept;
   // All scalar metadata of the file as text.
   const std::vector<std::pair<std::string, std::string>>& metadata() const noexcept;
-  int64_t n_params() const noexcept;         // all weights
-  int64_t n_params_active() const noexcept;  // those a token passes through
-  int64_t weight_bytes() const noexcept;     // held, all devices
+  int64_t n_params() const noexcept;               // all weights
+  int64_t n_params_active() const noexcept;        // those a token passes through
+  int64_t weight_bytes() const noexcept;           // held, all devices
   ExpertCacheStats expert_cache() const noexcept;  // zeros where nothing is copied
 
   explicit Model(std::shared_ptr<run::ModelState>) noexcept;

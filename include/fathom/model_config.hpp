@@ -24,9 +24,9 @@ struct ModelConfig {
   std::string architecture;  // "deepseek2" for all; the kind is told by the values
   std::string name;          // general.name or the folder's name; may be empty
 
-  int64_t vocab_size = 0;           // rows of embed_tokens and lm_head
+  int64_t vocab_size = 0;  // rows of embed_tokens and lm_head
   int64_t hidden_size = 0;
-  int64_t num_hidden_layers = 0;    // without multi-token-prediction layers, which are skipped
+  int64_t num_hidden_layers = 0;  // without multi-token-prediction layers, which are skipped
   int64_t num_attention_heads = 0;
   int64_t max_position_embeddings = 0;
   double rms_norm_eps = 1e-6;

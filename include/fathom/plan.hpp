@@ -98,8 +98,8 @@ struct Plan {
   Config config;  // as asked for
 
   // Chosen, where the configuration said auto.
-  int64_t max_context = 0;                                  // tokens per session
-  int64_t prefill_chunk = 0;                                // tokens
+  int64_t max_context = 0;    // tokens per session
+  int64_t prefill_chunk = 0;  // tokens
   // Chunks of one prompt under way at once, each with buffers of its own.
   int64_t prefill_in_flight = 1;
   AttentionForm attention_form = AttentionForm::kExpanded;  // for full chunks

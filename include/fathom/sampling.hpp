@@ -18,11 +18,12 @@ struct TokenLogit {
 
 // Order of application: repetition penalty, temperature, top-k, top-p, min-p, draw.
 struct SamplingOptions {
-  float temperature = 0;     // 0: greedy (the others but the penalty are ignored).  [0, 100]
-  int32_t top_k = 0;         // keep the k most likely; 0: off
-  float top_p = 1;           // keep the smallest set with this probability.  (0, 1]; 1: off
-  float min_p = 0;           // drop tokens below min_p x the best probability.  [0, 1]; 0: off
-  float repeat_penalty = 1;  // CTRL (Keskar et al. 2019): logit / p if positive, else x p.  (0, 100]; 1: off
+  float temperature = 0;  // 0: greedy (the others but the penalty are ignored).  [0, 100]
+  int32_t top_k = 0;      // keep the k most likely; 0: off
+  float top_p = 1;        // keep the smallest set with this probability.  (0, 1]; 1: off
+  float min_p = 0;        // drop tokens below min_p x the best probability.  [0, 1]; 0: off
+  // CTRL (Keskar et al. 2019): logit / p if positive, else x p.  (0, 100]; 1: off
+  float repeat_penalty = 1;
   int32_t repeat_window = 64;  // last tokens of the text that are penalised.  [0, 2^20]
   uint64_t seed = 0;
 };
@@ -54,7 +55,7 @@ class Sampler {
   template <class Each>
   int32_t draw(TokenLogit best, size_t vocab_size, const Each& each);
 
-  uint64_t state_[4];  // xoshiro256**
+  uint64_t state_[4];                               // xoshiro256**
   std::vector<TokenLogit> candidates_, likeliest_;  // reused between picks
   std::vector<int32_t> penalised_;
 };

@@ -2,7 +2,10 @@
 //
 //   auto session = Session::create(*model);
 //   session->prefill(ids);
-//   session->generate({.max_new_tokens = 200}, [](const GeneratedToken& t) { print(t.text); return true; });
+//   session->generate({.max_new_tokens = 200}, [](const GeneratedToken& t) {
+//     print(t.text);
+//     return true;
+//   });
 //
 // A session can be saved and restored, in another process and on other devices too:
 //
@@ -51,7 +54,9 @@ struct GenerateOptions {
 };
 
 enum class StopReason : uint8_t {
+  // clang-format off
   kEos, kStop, kLength, kCallback, kCancelled, kDeadline, kContextFull, kBudget
+  // clang-format on
 };
 constexpr std::string_view stop_reason_name(StopReason reason) noexcept {
   constexpr std::string_view kNames[] = {"eos",       "stop",     "length",       "callback",
@@ -122,8 +127,8 @@ class Session {
   Status prefill(std::span<const int32_t> tokens, const RunOptions& options = {});
   // Appends one token.  Same errors; all or nothing.
   Status step(int32_t token);
-  // Appends tokens[i] to sessions[i], in one pass that reads the weights once for all: several texts
-  // of one model, each at its own position.  Afterwards each has its logits.  All or nothing.
+  // Appends tokens[i] to sessions[i], in one pass that reads the weights once for all: several
+  // texts of one model, each at its own position.  Afterwards each has its logits.  All or nothing.
   // Bits: those of single steps, when all weights are quantised to integers, or f32 for up to 64
   // sessions; other weights give the same up to rounding of f32 sums beyond 4.
   // The pass runs in the buffers of sessions[0], on the calling thread; no other thread may use any
@@ -136,7 +141,8 @@ class Session {
   // and all of result.tokens had been prefilled, so that calling again goes on seamlessly.  Needs
   // logits (kState before any prefill).  The end of the context or of a budget is a reason, not an
   // error, and is met before a token is sampled that could not be appended.
-  Result<GenerateResult> generate(const GenerateOptions& options, const TokenFunction& on_token = {});
+  Result<GenerateResult> generate(const GenerateOptions& options,
+                                  const TokenFunction& on_token = {});
 
   // Logits of the last token [vocab_size]; empty before the first prefill and after truncate.
   // Valid until the next call that changes the session.

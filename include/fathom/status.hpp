@@ -61,12 +61,12 @@ class [[nodiscard]] Status {
   std::string_view message() const noexcept;  // UTF-8; empty when ok
 
   // Facts; each has a neutral value when it does not apply.
-  int sys_errno() const noexcept;                // 0
-  int device() const noexcept;                   // -1
-  int64_t bytes_needed() const noexcept;         // 0
-  int64_t bytes_available() const noexcept;      // 0
-  uint64_t offset() const noexcept;              // 0; byte offset in the file or JSON text
-  std::string_view key() const noexcept;         // ""; config key, tensor or metadata name
+  int sys_errno() const noexcept;            // 0
+  int device() const noexcept;               // -1
+  int64_t bytes_needed() const noexcept;     // 0
+  int64_t bytes_available() const noexcept;  // 0
+  uint64_t offset() const noexcept;          // 0; byte offset in the file or JSON text
+  std::string_view key() const noexcept;     // ""; config key, tensor or metadata name
 
   // Builders, used where the status is made: return Status(Code::kFormat, m).at(offset).about(key);
   Status&& at(uint64_t offset) && noexcept;
@@ -93,8 +93,10 @@ class [[nodiscard]] Result {
   Result(T value) noexcept : has_value_(true) {  // NOLINT: implicit on purpose
     new (&storage_.value) T(std::move(value));
   }
-  Result(Status status) noexcept : status_(std::move(status)) {}  // NOLINT: implicit; must not be ok
-  Result(Result&& other) noexcept : has_value_(other.has_value_), status_(std::move(other.status_)) {
+  // NOLINTNEXTLINE: implicit; must not be ok
+  Result(Status status) noexcept : status_(std::move(status)) {}
+  Result(Result&& other) noexcept
+      : has_value_(other.has_value_), status_(std::move(other.status_)) {
     if (has_value_) new (&storage_.value) T(std::move(other.storage_.value));
   }
   Result& operator=(Result&& other) noexcept {
@@ -132,10 +134,10 @@ class [[nodiscard]] Result {
 
 // FATHOM_TRY(expr): return early when the Status is not ok.
 // FATHOM_TRY_ASSIGN(auto x, expr): the same for a Result, else x gets the value.
-#define FATHOM_TRY(expr)                                               \
-  do {                                                                 \
+#define FATHOM_TRY(expr)                                                        \
+  do {                                                                          \
     if (::fathom::Status fathom_try_status_ = (expr); !fathom_try_status_.ok()) \
-      return fathom_try_status_;                                       \
+      return fathom_try_status_;                                                \
   } while (false)
 #define FATHOM_CONCAT_INNER_(a, b) a##b
 #define FATHOM_CONCAT_(a, b) FATHOM_CONCAT_INNER_(a, b)

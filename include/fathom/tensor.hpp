@@ -10,11 +10,13 @@
 namespace fathom {
 
 enum class DType : uint8_t {
+  // clang-format off
   kF32, kF16, kBF16, kF64, kI8, kI16, kI32, kI64, kF8E4M3,
   kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ8_1,
   kQ2_K, kQ3_K, kQ4_K, kQ5_K, kQ6_K, kQ8_K,
   kIQ1_S, kIQ1_M, kIQ2_XXS, kIQ2_XS, kIQ2_S, kIQ3_XXS, kIQ3_S, kIQ4_NL, kIQ4_XS,
   kTQ1_0, kTQ2_0, kMXFP4,
+  // clang-format on
 };
 inline constexpr int kDTypeCount = static_cast<int>(DType::kMXFP4) + 1;
 

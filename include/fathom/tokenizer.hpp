@@ -20,15 +20,15 @@
 namespace fathom {
 
 struct EncodeOptions {
-  bool add_bos = false;        // put bos first (never twice when the text begins with it)
-  bool parse_special = true;   // "<｜User｜>" in the text becomes its token; false: plain text
+  bool add_bos = false;       // put bos first (never twice when the text begins with it)
+  bool parse_special = true;  // "<｜User｜>" in the text becomes its token; false: plain text
 };
 
 enum class ChatFormat : uint8_t { kNone, kDeepSeekV2, kDeepSeekV3, kDeepSeekR1 };
 
 // A call that an assistant's message makes (V3 and R1).
 struct ChatToolCall {
-  std::string type;       // "function"
+  std::string type;  // "function"
   std::string name;
   std::string arguments;  // JSON text
 };
@@ -45,11 +45,11 @@ class Tokenizer {
   // Errors: kNotFound, kIo, kFormat (offset, field), kUnsupported (another kind of tokenizer).
   static Result<Tokenizer> open(const std::string& path);
 
-  int64_t n_tokens() const noexcept;      // ids are 0 .. n_tokens-1; some may be unused
-  int32_t bos() const noexcept;           // -1: none
-  int32_t eos() const noexcept;           // -1: none
-  bool adds_bos() const noexcept;         // the file says that prompts begin with bos
-  std::string_view kind() const noexcept; // "deepseek-llm", "deepseek-coder", "deepseek-v3"
+  int64_t n_tokens() const noexcept;           // ids are 0 .. n_tokens-1; some may be unused
+  int32_t bos() const noexcept;                // -1: none
+  int32_t eos() const noexcept;                // -1: none
+  bool adds_bos() const noexcept;              // the file says that prompts begin with bos
+  std::string_view kind() const noexcept;      // "deepseek-llm", "deepseek-coder", "deepseek-v3"
   bool is_special(int32_t id) const noexcept;  // control tokens
   // Id of a token by its exact text (special tokens), -1 when there is none.
   int32_t find(std::string_view text) const noexcept;

@@ -59,8 +59,8 @@ struct TuneOptions {
   // No measurement begins later; the first is always made.  What one takes is bounded by an eighth
   // of it, loading apart.
   double seconds = 120;
-  const CancelToken* cancel = nullptr;                     // kCancelled; must outlive the call
-  std::function<void(const TuneTrial&)> on_trial = {};     // after each, in order
+  const CancelToken* cancel = nullptr;                  // kCancelled; must outlive the call
+  std::function<void(const TuneTrial&)> on_trial = {};  // after each, in order
 };
 
 // The best settings for a model on a machine.  A value; as text it is a JSON object.
@@ -71,7 +71,8 @@ struct Profile {
   TuneRates rates;
 
   std::string to_json() const;
-  // Errors: kFormat (not a profile; a key that Config does not take), kVersion (of a newer library).
+  // Errors: kFormat (not a profile; a key that Config does not take), kVersion (of a newer
+  // library).
   static Result<Profile> parse(std::string_view json);
   // Whether it is for this model file and the machine of this engine.  Errors: kMismatch.
   Status check(const FileInfo& file, const Engine& engine) const;

@@ -13,8 +13,8 @@ class Arena {
  public:
   static constexpr int64_t kAlignment = 64;  // every piece starts on a cache line
 
-  Arena() noexcept = default;                                    // counts only
-  Arena(void* base, int64_t capacity) noexcept                   // places; base is 64-byte aligned
+  Arena() noexcept = default;                   // counts only
+  Arena(void* base, int64_t capacity) noexcept  // places; base is 64-byte aligned
       : base_(static_cast<std::byte*>(base)), capacity_(capacity) {}
 
   // n values of T, uninitialised; null when counting.

@@ -12,9 +12,12 @@ struct Status::Facts {
   uint64_t offset = 0;
 };
 
-void Status::FactsDelete::operator()(Facts* facts) const noexcept { delete facts; }
+void Status::FactsDelete::operator()(Facts* facts) const noexcept {
+  delete facts;
+}
 
 const char* code_name(Code code) noexcept {
+  // clang-format off
   switch (code) {
     case Code::kOk: return "kOk";
     case Code::kInvalidArgument: return "kInvalidArgument";
@@ -39,6 +42,7 @@ const char* code_name(Code code) noexcept {
     case Code::kForked: return "kForked";
     case Code::kInternal: return "kInternal";
   }
+  // clang-format on
   return "unknown code";
 }
 
@@ -60,13 +64,27 @@ Status Status::clone() const noexcept {
   return copy;
 }
 
-std::string_view Status::message() const noexcept { return facts_ ? std::string_view(facts_->message) : ""; }
-int Status::sys_errno() const noexcept { return facts_ ? facts_->sys_errno : 0; }
-int Status::device() const noexcept { return facts_ ? facts_->device : -1; }
-int64_t Status::bytes_needed() const noexcept { return facts_ ? facts_->bytes_needed : 0; }
-int64_t Status::bytes_available() const noexcept { return facts_ ? facts_->bytes_available : 0; }
-uint64_t Status::offset() const noexcept { return facts_ ? facts_->offset : 0; }
-std::string_view Status::key() const noexcept { return facts_ ? std::string_view(facts_->key) : ""; }
+std::string_view Status::message() const noexcept {
+  return facts_ ? std::string_view(facts_->message) : "";
+}
+int Status::sys_errno() const noexcept {
+  return facts_ ? facts_->sys_errno : 0;
+}
+int Status::device() const noexcept {
+  return facts_ ? facts_->device : -1;
+}
+int64_t Status::bytes_needed() const noexcept {
+  return facts_ ? facts_->bytes_needed : 0;
+}
+int64_t Status::bytes_available() const noexcept {
+  return facts_ ? facts_->bytes_available : 0;
+}
+uint64_t Status::offset() const noexcept {
+  return facts_ ? facts_->offset : 0;
+}
+std::string_view Status::key() const noexcept {
+  return facts_ ? std::string_view(facts_->key) : "";
+}
 
 Status&& Status::at(uint64_t offset) && noexcept {
   if (facts_) facts_->offset = offset;

@@ -37,11 +37,11 @@ std::shared_ptr<ByteSource> memory_source(std::string name, std::vector<std::byt
 struct TensorInfo {
   std::string name;
   DType dtype = DType::kF32;
-  int n_dims = 0;           // 1..4
+  int n_dims = 0;                   // 1..4
   int64_t shape[4] = {1, 1, 1, 1};  // shape[0] is outermost; unused entries are 1
-  int source = 0;           // which of the TensorFile's sources
-  int64_t offset = 0;       // of the first byte in that source
-  int64_t bytes = 0;        // checked: offset + bytes <= size of the source
+  int source = 0;                   // which of the TensorFile's sources
+  int64_t offset = 0;               // of the first byte in that source
+  int64_t bytes = 0;                // checked: offset + bytes <= size of the source
 
   int64_t cols() const noexcept { return shape[n_dims - 1]; }
   int64_t elements() const noexcept { return shape[0] * shape[1] * shape[2] * shape[3]; }
@@ -52,17 +52,17 @@ enum class FileFormat : uint8_t { kGguf, kSafetensors };
 // Everything that a tokenizer is made from, exactly as the file has it, in flat arrays (a
 // vocabulary of 128 K pieces is a handful of allocations).  Empty when the file has none.
 struct TokenizerSource {
-  std::string gguf_model, gguf_pre;    // tokenizer.ggml.model ("gpt2"), tokenizer.ggml.pre
-  std::string pieces;                  // all pieces one after another, byte-level alphabet as stored
-  std::vector<uint32_t> piece_end;     // [n_pieces] end offset of each piece in `pieces`
-  std::vector<int32_t> token_type;     // GGUF token_type: 1 normal 3 control 4 user 5 unused 6 byte
-  std::string merges;                  // all "left right" strings one after another
+  std::string gguf_model, gguf_pre;  // tokenizer.ggml.model ("gpt2"), tokenizer.ggml.pre
+  std::string pieces;                // all pieces one after another, byte-level alphabet as stored
+  std::vector<uint32_t> piece_end;   // [n_pieces] end offset of each piece in `pieces`
+  std::vector<int32_t> token_type;   // GGUF token_type: 1 normal 3 control 4 user 5 unused 6 byte
+  std::string merges;                // all "left right" strings one after another
   std::vector<uint32_t> merge_end;
   int64_t bos_token_id = -1, eos_token_id = -1;
   bool add_bos_token = false, add_eos_token = false;
-  std::string chat_template;           // text, only ever compared
-  std::string json_path;               // Hugging Face: path of tokenizer.json (read by the tokenizer)
-  std::string config_json_path;        // Hugging Face: tokenizer_config.json, or empty
+  std::string chat_template;     // text, only ever compared
+  std::string json_path;         // Hugging Face: path of tokenizer.json (read by the tokenizer)
+  std::string config_json_path;  // Hugging Face: tokenizer_config.json, or empty
 };
 
 class TensorFile {
@@ -77,15 +77,17 @@ class TensorFile {
   static Result<TensorFile> parse_safetensors(std::shared_ptr<ByteSource> source);
 
   FileFormat format() const noexcept { return format_; }
-  const ModelConfig& config() const noexcept { return config_; }   // has_config() must be true
+  const ModelConfig& config() const noexcept { return config_; }  // has_config() must be true
   bool has_config() const noexcept { return has_config_; }
   const TokenizerSource& tokenizer() const noexcept { return tokenizer_; }
   // All scalar and string metadata as text (GGUF keys, or the top-level keys of config.json), for
   // `inspect` and fathom_model_metadata.  Arrays appear as "[n values]".
-  const std::vector<std::pair<std::string, std::string>>& metadata() const noexcept { return metadata_; }
+  const std::vector<std::pair<std::string, std::string>>& metadata() const noexcept {
+    return metadata_;
+  }
 
   std::span<const TensorInfo> tensors() const noexcept { return tensors_; }  // sorted by name
-  const TensorInfo* find(std::string_view name) const noexcept;             // null when absent
+  const TensorInfo* find(std::string_view name) const noexcept;              // null when absent
   // False for the tensors of a model of which only the configuration is there.
   bool has_weights() const noexcept { return !sources_.empty(); }
   // Bytes [offset, offset + out.size()) of a tensor.  Thread-safe.  Errors: kNotFound without
@@ -93,7 +95,9 @@ class TensorFile {
   Status read(const TensorInfo& tensor, int64_t offset, std::span<std::byte> out) const noexcept;
   // All headers and sizes, and samples of a few tensors of a model, folded into 128 bits; names
   // the model in profiles and saved sessions.
-  struct Fingerprint { uint64_t lo = 0, hi = 0; };
+  struct Fingerprint {
+    uint64_t lo = 0, hi = 0;
+  };
   Fingerprint fingerprint() const noexcept { return fingerprint_; }
   int64_t total_bytes() const noexcept;  // of all sources
 

@@ -64,8 +64,8 @@ Status trace_layer(const ForwardParams& p, const Stage& stage, int64_t layer) {
 
 void queue_embedding(const ForwardParams& p) noexcept {
   const Stage& at = stage_of(p, p.placement.embed_device);
-  at.device->embed(at.op, {p.tokens.data(), static_cast<int64_t>(p.tokens.size()),
-                           &p.weights.embed, at.scratch.x});
+  at.device->embed(at.op, {p.tokens.data(), static_cast<int64_t>(p.tokens.size()), &p.weights.embed,
+                           at.scratch.x});
 }
 
 Status queue_attention(const ForwardParams& p, size_t layer) {

@@ -27,12 +27,13 @@ struct ForwardParams {
   void* cancelled_arg = nullptr;
   const Trace* trace = nullptr;
   int64_t section_rows = kSectionRows;  // of attention; another number for tests
-  ExpertCopies* copies = nullptr;  // none: every expert is where the placement says
+  ExpertCopies* copies = nullptr;       // none: every expert is where the placement says
 };
 
-// Runs the pass; the residual stream stays in scratch.x of the last layer's device.  Writes cache rows but
-// does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().  kLeave does
-// not wait for the last layer's device: for passes whose logits are asked for next, which waits.
+// Runs the pass; the residual stream stays in scratch.x of the last layer's device.  Writes cache
+// rows but does not commit them.  Errors: kCancelled, kDevice, those of the cache's status().
+// kLeave does not wait for the last layer's device: for passes whose logits are asked for next,
+// which waits.
 enum class PassEnd : bool { kWait, kLeave };
 Status forward(const ForwardParams& params, PassEnd end = PassEnd::kWait);
 
@@ -59,8 +60,8 @@ Status forward_logits(const ForwardParams& params, int64_t first_row, int64_t n_
                       float* host_logits = nullptr);
 
 // The same for one row, of which only the k likeliest tokens come to the host, where the head's
-// device finds them (k in [1, its max_top_k()]): as TopKParams::out, k + 1 of them.  The logits stay
-// in scratch.logits.
+// device finds them (k in [1, its max_top_k()]): as TopKParams::out, k + 1 of them.  The logits
+// stay in scratch.logits.
 Status forward_likeliest(const ForwardParams& params, int64_t row, int64_t k, TokenLogit* host);
 // The two halves of it.
 Status queue_logits(const ForwardParams& params, int64_t first_row, int64_t n_rows);

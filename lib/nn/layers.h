@@ -19,9 +19,9 @@ namespace fathom::nn {
 // Rows of queries that the absorbed form takes at a time: its latent queries are 576 columns per
 // head, so longer blocks would cost more scratch than they save time.
 inline constexpr int64_t kAbsorbedRows = 32;
-// Attention over the rows of a text goes section by section, each from an empty state; what they give
-// is merged in their order.  So devices that hold rows of one layer work side by side, with the bits
-// of one.
+// Attention over the rows of a text goes section by section, each from an empty state; what they
+// give is merged in their order.  So devices that hold rows of one layer work side by side, with
+// the bits of one.
 inline constexpr int64_t kSectionRows = 32768;
 static_assert(kSectionRows % kKvSplitRows == 0);
 // Passes that may be under way at once in buffers of one session (pass_steps.h).
@@ -47,11 +47,11 @@ struct DeviceRoles {
 // Buffers of one pass over n_tokens rows on one device; those that its roles do not need are empty.
 // All f32 but the ids.  Nothing here has a factor of the context length.
 struct Scratch {
-  float* logits;   // [min(n_tokens, kLogitRows), vocab_size]; first: outlives the pass
+  float* logits;          // [min(n_tokens, kLogitRows), vocab_size]; first: outlives the pass
   TokenLogit* likeliest;  // [kMaxTopK + 1] of the last row of logits
-  float* x;        // [n_tokens, hidden_size] residual stream; [min(n_tokens, kLogitRows), ...] where
-                   // only the head is
-  float* x_norm;   // the same shape
+  float* x;       // [n_tokens, hidden_size] residual stream; [min(n_tokens, kLogitRows), ...] where
+                  // only the head is
+  float* x_norm;  // the same shape
   float* cos_sin;  // [n_tokens, qk_rope_head_dim / 2, 2]
 
   // Attention; of a device that holds rows alone, a block of queries.
@@ -61,11 +61,11 @@ struct Scratch {
   float* attn;                // [n_tokens, n_heads, v_head_dim]
   AttentionState attn_state;  // [n_tokens, n_heads] each
   // Only absorbed attention; they share their bytes with x_norm and q_latent.
-  int64_t block_rows;         // min(max(n_tokens, 2), kAbsorbedRows)
-  float* q_absorbed;          // [block_rows, n_heads, kv_lora_rank]
+  int64_t block_rows;  // min(max(n_tokens, 2), kAbsorbedRows)
+  float* q_absorbed;   // [block_rows, n_heads, kv_lora_rank]
   // The same for what attention gives, and its state; where a block of queries has fewer rows, the
   // sections that are not merged yet lie behind them (attention_rows.cc).
-  float* attn_absorbed;       // [block_rows, n_heads, kv_lora_rank + 2]
+  float* attn_absorbed;  // [block_rows, n_heads, kv_lora_rank + 2]
 
   // Feed-forward; shares its bytes with the attention buffers.
   float* scores;          // [n_tokens, n_routed_experts]
@@ -79,8 +79,8 @@ struct Scratch {
   static Scratch carve(Arena& arena, const ModelConfig& config, int64_t n_tokens,
                        const DeviceRoles& roles = DeviceRoles::all());
   // For `n` in [1, kMostInFlight] passes that take turns on the device: each has its own of what it
-  // needs after its turn - x, x_norm, cos_sin, expert_ids, expert_weights, routed -, the rest is that
-  // of the first.
+  // needs after its turn - x, x_norm, cos_sin, expert_ids, expert_weights, routed -, the rest is
+  // that of the first.
   using InFlight = std::array<Scratch, kMostInFlight>;
   static InFlight carve_in_flight(Arena& arena, const ModelConfig& config, int64_t n_tokens,
                                   const DeviceRoles& roles, int64_t n);
@@ -113,7 +113,8 @@ struct Step {
   int64_t n_tokens;
   std::span<const Sequence> sequences;  // all rows, in order; more than one only when absorbed
   AttentionForm form;
-  // All stages of the pass, for layers whose cache rows lie on several, and staging: see transfer.h.
+  // All stages of the pass, for layers whose cache rows lie on several, and staging: see
+  // transfer.h.
   std::span<const Stage> stages = {};
   std::byte* staging = nullptr;
   int64_t section_rows = kSectionRows;  // another number for tests
@@ -142,8 +143,8 @@ class RowSourceOf {
     (void)where;
     return {room(stage, layer_slot, op, first_row, end_row), stage};
   }
-  // Rows [0, end_row) where all of them are resident on this stage and stay in their places while the
-  // pass queues, so that several texts can be attended at once; else no rows.
+  // Rows [0, end_row) where all of them are resident on this stage and stay in their places while
+  // the pass queues, so that several texts can be attended at once; else no rows.
   virtual KvRows resident(int stage, int64_t layer_slot, int64_t end_row) const noexcept {
     (void)stage, (void)layer_slot, (void)end_row;
     return {};
@@ -190,9 +191,10 @@ int64_t expanded_crossover_rows(const ModelConfig& config) noexcept;
 // all that are there, in the absorbed form on the devices where they lie.  What is left in x is of
 // no use when a cache's status() tells of a failure.  Errors: kDevice, of copies between devices.
 Status mla_attention(const Step& step, const LayerWeights& weights, LayerSlot layer) noexcept;
-// The absorbed form over the rows of one text (attention_rows.cc): rows [first, first + n) of the pass,
-// all of one sequence, whose latent queries lie in b.q_absorbed behind those of their block, into the
-// same place of b.attn_absorbed.  False when the cache could not bring its rows in.  Errors: kDevice.
+// The absorbed form over the rows of one text (attention_rows.cc): rows [first, first + n) of the
+// pass, all of one sequence, whose latent queries lie in b.q_absorbed behind those of their block,
+// into the same place of b.attn_absorbed.  False when the cache could not bring its rows in.
+// Errors: kDevice.
 struct BlockOfRows {
   int64_t first, n;  // of the pass
 };
@@ -221,8 +223,8 @@ void add_routed(const Step& step) noexcept;
 // elsewhere; who keeps them: lib/run/expert_cache.h.
 class ExpertCopies {
  public:
-  // The copies of a layer as all its experts, of which only those may be used that has() names; null:
-  // the layer keeps none.
+  // The copies of a layer as all its experts, of which only those may be used that has() names;
+  // null: the layer keeps none.
   virtual const ExpertWeights* copies(size_t layer) const noexcept = 0;
   virtual bool has(size_t layer, int32_t expert) const noexcept = 0;
   // What a pass has chosen in a layer, -1s aside; `looked`: whether copies were looked for, and how
@@ -240,7 +242,8 @@ class ExpertCopies {
 // as the devices of the placement; `staging`: see transfer.h.
 //
 // Where the layer keeps copies of chosen experts, all devices work at once: each keeps the rows of
-// its (token, k) pairs apart, they are brought home and added up in the same order.  Errors: kDevice.
+// its (token, k) pairs apart, they are brought home and added up in the same order.  Errors:
+// kDevice.
 Status feed_forward_apart(const Step& step, const LayerWeights& weights, size_t layer,
                           const LayerPlacement& placement, std::span<const Stage> stages,
                           std::byte* staging, ExpertCopies* copies = nullptr) noexcept;

@@ -93,13 +93,12 @@ Status PassInSteps::bring() {
   const int home = p.placement.layers[next.in].device;
   // Rows and choices go to a device once per layer, when its first span is next.
   const auto before = spans.begin() + static_cast<std::ptrdiff_t>(next.first_span);
-  const bool has_rows = next.device == home ||
-                        std::any_of(spans.begin(), before, [&](const ExpertSpan& span) {
-                          return span.device == next.device;
-                        });
+  const bool has_rows =
+      next.device == home || std::any_of(spans.begin(), before, [&](const ExpertSpan& span) {
+        return span.device == next.device;
+      });
   if (!has_rows)
-    FATHOM_TRY(
-        send_rows(step_of(p, p.stages[static_cast<size_t>(home)]), to, p.staging));
+    FATHOM_TRY(send_rows(step_of(p, p.stages[static_cast<size_t>(home)]), to, p.staging));
   if (chose && step.begun_spans == 0) return {};  // no sum yet
   return transfer(*from.device, from.scratch.routed, *to.device, to.scratch.routed, rows,
                   p.staging);

@@ -13,8 +13,8 @@
 namespace fathom::nn {
 
 // Host memory that transfer() needs between these devices for passes of n_tokens rows: one block of
-// hidden rows, or of queries that go to rows of the cache, when neither end can be read by the host,
-// else nothing.
+// hidden rows, or of queries that go to rows of the cache, when neither end can be read by the
+// host, else nothing.
 int64_t staging_bytes(const Placement& placement, std::span<const Backend* const> devices,
                       const ModelConfig& config, int64_t n_tokens) noexcept;
 

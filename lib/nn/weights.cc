@@ -76,9 +76,8 @@ int64_t WeightMap::staging_bytes() const noexcept {
 }
 
 Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t index,
-                   const Weight& target, int64_t at, Backend& device,
-                   std::span<std::byte> staging, const std::function<bool(int64_t)>& on_bytes,
-                   bool scales_read) {
+                   const Weight& target, int64_t at, Backend& device, std::span<std::byte> staging,
+                   const std::function<bool(int64_t)>& on_bytes, bool scales_read) {
   Arena arena(staging.data(), static_cast<int64_t>(staging.size()));
   const Staging s = carve_staging(item, arena);
   const int64_t row_size = file_row_bytes(item), cols = item.weight.cols;
@@ -86,8 +85,8 @@ Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t in
   const RowSource& source = item.rows[index];
   if (source.scales != nullptr && !scales_read)
     FATHOM_TRY(file.read(*source.scales, 0,
-                         std::as_writable_bytes(std::span(
-                             s.scales, static_cast<size_t>(source.scales->elements())))));
+                         std::as_writable_bytes(
+                             std::span(s.scales, static_cast<size_t>(source.scales->elements())))));
   if (item.weight.block_scaled)
     FATHOM_TRY(device.store_scales(target, at, s.scales + source.first_row / 128 * scale_cols));
 
@@ -95,8 +94,8 @@ Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t in
   for (int64_t row = 0; row < item.weight.rows; row += step) {
     const int64_t n = std::min(step, item.weight.rows - row);
     const int64_t file_row = source.first_row + row;
-    FATHOM_TRY(file.read(*source.tensor, file_row * row_size,
-                         {s.raw, static_cast<size_t>(n * row_size)}));
+    FATHOM_TRY(
+        file.read(*source.tensor, file_row * row_size, {s.raw, static_cast<size_t>(n * row_size)}));
     const void* rows = s.raw;
     if (item.to_f32) {
       dequantize(source.tensor->dtype, s.raw, n * cols, s.f32);

@@ -48,9 +48,9 @@ struct LayerWeights {
   // Dense feed-forward, or the shared experts of a MoE layer; rows == 0 when there are none.
   Weight gate, up, down;
   // MoE layers only.
-  Weight router;                         // [n_routed_experts, hidden_size]
-  const float* router_bias = nullptr;    // [n_routed_experts] e_score_correction_bias, or null
-  std::vector<ExpertWeights> experts;    // the spans of the placement, ascending
+  Weight router;                       // [n_routed_experts, hidden_size]
+  const float* router_bias = nullptr;  // [n_routed_experts] e_score_correction_bias, or null
+  std::vector<ExpertWeights> experts;  // the spans of the placement, ascending
 };
 
 struct Weights {
@@ -70,8 +70,8 @@ void for_each_weight(AnyWeights& weights, Body&& body) {
   for (auto& l : weights.layers) {
     for (auto* vector : {&l.attn_norm, &l.q_a_norm, &l.kv_a_norm, &l.ffn_norm, &l.router_bias})
       body(*vector);
-    for (auto* weight : {&l.q, &l.q_a, &l.q_b, &l.kv_a, &l.k_b, &l.v_b, &l.o, &l.gate, &l.up, &l.down,
-                         &l.router})
+    for (auto* weight :
+         {&l.q, &l.q_a, &l.q_b, &l.kv_a, &l.k_b, &l.v_b, &l.o, &l.gate, &l.up, &l.down, &l.router})
       body(*weight);
     for (auto& span : l.experts)
       for (auto* weight : {&span.gate, &span.up, &span.down}) body(*weight);
@@ -105,14 +105,13 @@ struct WeightItem {
 // Host memory that load_matrix() needs for reading and converting rows.
 int64_t staging_bytes(const WeightItem& item) noexcept;
 int64_t file_bytes(const WeightItem& item) noexcept;  // that loading it reads
-// Reads and converts matrix `index` of `item` and stores it as matrix `at` of `target`, which has the
-// item's shape and type, in the layout of `device`.  `on_bytes(n)` is called after every n bytes read
-// and returns false to cancel; may be empty.  `scales_read`: the block scales of this matrix's tensor
-// are in `staging` from the call before.  Errors: kIo, kCancelled, kDevice.
+// Reads and converts matrix `index` of `item` and stores it as matrix `at` of `target`, which has
+// the item's shape and type, in the layout of `device`.  `on_bytes(n)` is called after every n
+// bytes read and returns false to cancel; may be empty.  `scales_read`: the block scales of this
+// matrix's tensor are in `staging` from the call before.  Errors: kIo, kCancelled, kDevice.
 Status load_matrix(const io::TensorFile& file, const WeightItem& item, size_t index,
-                   const Weight& target, int64_t at, Backend& device,
-                   std::span<std::byte> staging, const std::function<bool(int64_t)>& on_bytes,
-                   bool scales_read = false);
+                   const Weight& target, int64_t at, Backend& device, std::span<std::byte> staging,
+                   const std::function<bool(int64_t)>& on_bytes, bool scales_read = false);
 
 class WeightMap {
  public:

@@ -159,7 +159,8 @@ Status Config::validate() const {
                                         "\"{}\" makes one of each",
                                         *get("numa"), devices));
   for (const auto& [name, bytes] : budget)
-    if (name != "host" && !(nodes && name.starts_with("cpu:")) && std::find(names.begin(), names.end(), name) == names.end())
+    if (name != "host" && !(nodes && name.starts_with("cpu:")) &&
+        std::find(names.begin(), names.end(), name) == names.end())
       return conflict(fmt::format("budget.{}", name),
                       fmt::format("budget.{} = {}: devices = \"{}\" has no device of this name",
                                   name, bytes, devices));

@@ -113,9 +113,8 @@ Status parse(const Setting& setting, std::string_view key, std::string_view text
     if (!text.starts_with('/') || text.size() > kMost || !printable)
       return refuse(setting, key, text);
   } else if (setting.unit == kPins) {
-    if (Status s = setting.key.ends_with("kv")
-                       ? check_kv_pins(text)
-                       : check_pins(text, setting.key.ends_with("experts"));
+    if (Status s = setting.key.ends_with("kv") ? check_kv_pins(text)
+                                               : check_pins(text, setting.key.ends_with("experts"));
         !s.ok())
       return std::move(s).in(key).about(key);
   } else if (setting.unit == kDevice && text == kAuto) {
@@ -224,9 +223,9 @@ std::string get_field(const Setting& setting, const Config& config, std::string_
 template <auto Member>
 constexpr Setting row(Setting setting) {
   using Field = FieldOf<Member>;
-  setting.takes_auto =
-      IsOptional<Field>::value || std::is_same_v<Field, std::map<std::string, int64_t>> ||
-      setting.unit == kPins || setting.unit == kDevice;
+  setting.takes_auto = IsOptional<Field>::value ||
+                       std::is_same_v<Field, std::map<std::string, int64_t>> ||
+                       setting.unit == kPins || setting.unit == kDevice;
   setting.type = IsList<Field>::value                               ? "list"
                  : !setting.choices.empty()                         ? "choice"
                  : setting.unit == kFolder || setting.unit == kFile ? setting.unit
@@ -433,8 +432,9 @@ constexpr Setting kSettings[] = {
         {.key = "numa",
          .choices = kNumaModes,
          .memory = "none: one copy, whose pages lie on the nodes that read them",
-         .text = "What a CPU device makes of several memory nodes; rows: each matrix is cut by rows "
-                 "over them, memory and threads alike; auto: rows where there are several."}),
+         .text =
+             "What a CPU device makes of several memory nodes; rows: each matrix is cut by rows "
+             "over them, memory and threads alike; auto: rows where there are several."}),
     row<&Config::isa>(
         {.key = "isa",
          .choices = kIsas,
@@ -473,7 +473,8 @@ std::string Setting::range_text() const {
   if (type == "list")
     return fmt::format("none, or some of {}, separated by commas", fmt::join(choices, ", "));
   if (type == "placement")
-    return "auto or device=layers, separated by commas; layers are *, or numbers and ranges such as "
+    return "auto or device=layers, separated by commas; layers are *, or numbers and ranges such "
+           "as "
            "0-3+8; of experts: device=layers:experts; of kv: device=tokens, the last one device=*";
   if (type == "device") return "auto or the name of one device";
   if (type == kFolder || type == kFile)

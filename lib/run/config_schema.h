@@ -22,8 +22,8 @@ struct Setting {
   std::string_view text;                           // meaning, one sentence
 
   // Filled in by the type of the field.
-  std::string_view type = {};  // "integer", "bytes", "choice", "list", "folder", "placement", "device",
-                               // "devices"
+  std::string_view type = {};  // "integer", "bytes", "choice", "list", "folder", "placement",
+                               // "device", "devices"
   bool takes_auto = false;     // "auto" leaves the value to the plan
   // `key` is the whole key, for families.  set changes nothing when it fails.
   Status (*set)(const Setting&, Config&, std::string_view key, std::string_view value) = nullptr;

@@ -49,7 +49,8 @@ Work work_of(const MergeAttentionParams&);
 Work work_of(const RouteParams&);
 Work work_of(const FfnParams&);
 Work work_of(const ExpertsParams&);  // of a span: its share of the layer's
-Work work_of(const ExpertsParams&, double n_touched, double n_pairs);  // experts read, (token, k) here
+Work work_of(const ExpertsParams&, double n_touched,
+             double n_pairs);  // experts read, (token, k) here
 Work work_of(const SumExpertsParams&);
 Work work_of(const AddParams&);
 

@@ -24,8 +24,8 @@ bool is_cpu_name(std::string_view name) {
   return std::all_of(name.begin() + 4, name.end(), [](char c) { return c >= '0' && c <= '9'; });
 }
 
-// The documented link between two nodes is that of two sockets, a distance of 20; others are as much
-// faster or slower as the firmware says that they are nearer or further.
+// The documented link between two nodes is that of two sockets, a distance of 20; others are as
+// much faster or slower as the firmware says that they are nearer or further.
 void between_nodes(MachineLink& link, const NumaNode* a, const NumaNode* b,
                    const std::vector<NumaNode>& nodes) {
   if (a == nullptr || b == nullptr) return;
@@ -70,8 +70,7 @@ struct Named {
   const NumaNode* node = nullptr;
 };
 
-Result<std::vector<Named>> named_devices(const Config& config,
-                                         const std::vector<NumaNode>& nodes) {
+Result<std::vector<Named>> named_devices(const Config& config, const std::vector<NumaNode>& nodes) {
   FATHOM_TRY_ASSIGN(const std::vector<std::string> names, run::parse_devices(config.devices));
   std::vector<Named> devices;
   for (const std::string& name : names) {
@@ -88,9 +87,8 @@ Result<std::vector<Named>> named_devices(const Config& config,
   };
   for (const Named& device : devices)
     if (count(device.name) > 1)
-      return Status(Code::kConfig,
-                    fmt::format("devices = \"{}\": {} is a node and named beside it",
-                                config.devices, device.name))
+      return Status(Code::kConfig, fmt::format("devices = \"{}\": {} is a node and named beside it",
+                                               config.devices, device.name))
           .about("devices");
   for (const auto& [name, bytes] : config.budget)
     if (name != "host" && count(name) == 0)
@@ -132,7 +130,7 @@ bool is_host(const Backend& device) {
 struct Devices {
   std::vector<std::unique_ptr<Backend>> all;
   std::vector<const NumaNode*> nodes;  // of each; null: of no one node
-  bool host_is_implied = false;  // the last one
+  bool host_is_implied = false;        // the last one
 };
 
 // The devices that the configuration names, without those it lets be missing; behind them a CPU
@@ -165,8 +163,7 @@ Result<Devices> make_devices(const Config& config, const HostHooks& hooks,
   devices.host_is_implied = std::none_of(devices.all.begin(), devices.all.end(),
                                          [](const auto& d) { return is_host(*d); });
   if (devices.host_is_implied) {
-    FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> host,
-                      make_device(config, hooks, {"cpu"}, 1, cpus));
+    FATHOM_TRY_ASSIGN(std::unique_ptr<Backend> host, make_device(config, hooks, {"cpu"}, 1, cpus));
     devices.all.push_back(std::move(host));
     devices.nodes.push_back(nullptr);
   }
@@ -214,8 +211,8 @@ Result<Engine> run::create_engine(const Config& config, const HostHooks& hooks,
                                     [](const NumaNode* node) { return node != nullptr; });
   const auto host =
       std::find_if(devices.begin(), devices.end(), [](const auto& d) { return is_host(*d); });
-  const int64_t host_budget = budget_of(
-      "host", any_node ? cpus.memory().free_bytes : (*host)->memory().free_bytes);
+  const int64_t host_budget =
+      budget_of("host", any_node ? cpus.memory().free_bytes : (*host)->memory().free_bytes);
   std::vector<run::LedgerDevice> accounts;
   for (size_t i = 0; i < names.size(); ++i) {
     const bool on_host = is_host(*devices[i]);

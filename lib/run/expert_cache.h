@@ -135,7 +135,7 @@ class ExpertCache final : public nn::ExpertCopies, public LedgerLender {
   MemoryRange tables_, staging_;
   int64_t n_experts_ = 0, window_ = 0, aged_ = 0;
   std::atomic<int> n_missed_{0};  // passes since the last change
-  bool failed_ = false;  // the file could not be read: no more copies are made
+  bool failed_ = false;           // the file could not be read: no more copies are made
   std::atomic<int64_t> tokens_{0}, choices_{0}, hits_{0}, n_held_{0}, held_bytes_{0}, copied_{0},
       dropped_{0};
 };

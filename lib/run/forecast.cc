@@ -79,13 +79,13 @@ void tell_then(const SessionState& s, std::span<const int> devices, BudgetForeca
     return;
   }
   for (const int device : devices) {
-    forecast.then = next_step(s.model.plan().config.kv_ladder,
-                              gains_at(s, device, forecast.n_tokens_end));
+    forecast.then =
+        next_step(s.model.plan().config.kv_ladder, gains_at(s, device, forecast.n_tokens_end));
     if (forecast.then) break;
   }
-  forecast.text = fmt::format(
-      "{}: ends at {} tokens; then {}", forecast.budget, forecast.n_tokens_end,
-      forecast.then ? what_it_does(*forecast.then) : "the session is full");
+  forecast.text =
+      fmt::format("{}: ends at {} tokens; then {}", forecast.budget, forecast.n_tokens_end,
+                  forecast.then ? what_it_does(*forecast.then) : "the session is full");
 }
 
 }  // namespace

@@ -11,8 +11,8 @@
 
 namespace fathom::run {
 
-// All but the operations: who changes when these run has to name each of them, and one that is added
-// and forgotten does not compile.
+// All but the operations: who changes when these run has to name each of them, and one that is
+// added and forgotten does not compile.
 class ForwardingDevice : public Backend {
  public:
   explicit ForwardingDevice(std::unique_ptr<Backend> real) noexcept : real_(std::move(real)) {}

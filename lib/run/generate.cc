@@ -70,9 +70,8 @@ class Generation {
     }
     if (eos || stop) finish_text(text);
     if (!hand_out(token, text)) return end(StopReason::kCallback);
-    if (options_.run.on_step &&
-        !session_.state().report(options_.run.on_step, Phase::kDecode, 1,
-                                 session_.times().decode_seconds - before))
+    if (options_.run.on_step && !session_.state().report(options_.run.on_step, Phase::kDecode, 1,
+                                                         session_.times().decode_seconds - before))
       return end(StopReason::kCallback);
     if (options_.run.progress &&
         !options_.run.progress(ProgressPhase::kGenerate, count + 1, options_.max_new_tokens))

@@ -62,8 +62,8 @@ Status KvPages::file_to_host(Device& home, Part& part, int64_t page) {
   FATHOM_TRY(part.host_pages.commit(at, bytes));
   Status read;
   for (int64_t slot = 0; slot < home.n_layers && read.ok(); ++slot)
-    read = file_read(file_offset(home, slot, page),
-                     part.host_pages.data(at) + slot * layer_bytes, layer_bytes);
+    read = file_read(file_offset(home, slot, page), part.host_pages.data(at) + slot * layer_bytes,
+                     layer_bytes);
   if (!read.ok()) {
     part.host_pages.decommit(at, bytes);
     return read;

@@ -114,7 +114,8 @@ void KvPages::read_ahead(const Device& d, const Part& part, int64_t layer_slot, 
 KvRows KvPages::resident(int home, int64_t layer_slot, int64_t end_row) const noexcept {
   const Device& d = devices_[static_cast<size_t>(home)];
   const Part& part = part_of(d, 0);
-  const bool whole = &part == &d.parts.back() || end_row <= part.end_page * options_.layout.page_tokens;
+  const bool whole =
+      &part == &d.parts.back() || end_row <= part.end_page * options_.layout.page_tokens;
   if (!whole || part.device != home || part.host_end > part.begin) return {};
   return rows(home, layer_slot, 0, end_row);
 }
@@ -144,11 +145,10 @@ void KvPages::written(int home, int64_t layer_slot, const OpContext& op,
   const auto copy = [&](int64_t page, int64_t offset, int64_t bytes) {
     const KvPage& to = d.table[page];
     if (status.ok() && bytes > 0)
-      status = nn::transfer(*d.backend, static_cast<std::byte*>(d.view[page].data) + offset,
-                            *part.backend,
-                            static_cast<std::byte*>(to.data) +
-                                layer_slot * layout.layer_bytes(to.type) + offset,
-                            bytes, bounce_.data());
+      status = nn::transfer(
+          *d.backend, static_cast<std::byte*>(d.view[page].data) + offset, *part.backend,
+          static_cast<std::byte*>(to.data) + layer_slot * layout.layer_bytes(to.type) + offset,
+          bytes, bounce_.data());
   };
   for (int64_t row = rows.first_row; row < end_row;) {
     const int64_t page = row / page_tokens, in_page = row % page_tokens;

@@ -34,9 +34,10 @@ class LedgerWatcher {
 // Holds memory only as long as nobody else needs it.
 class LedgerLender {
  public:
-  // Releases memory of a device, or of the host's other devices where their sum binds, until `bytes`
-  // more can be acquired there or it holds nothing.  `wait`: for passes that use what it holds; else
-  // only what can be given at once.  Returns the bytes released.  Called without the ledger's lock.
+  // Releases memory of a device, or of the host's other devices where their sum binds, until
+  // `bytes` more can be acquired there or it holds nothing.  `wait`: for passes that use what it
+  // holds; else only what can be given at once.  Returns the bytes released.  Called without the
+  // ledger's lock.
   virtual int64_t give_back(int device, int64_t bytes, bool wait) noexcept = 0;
 
  protected:
@@ -81,8 +82,8 @@ class Ledger {
   void refresh(MemorySnapshot& picture) const noexcept;
   // From now on; null: nobody.  It must outlive the ledger or be taken back.
   void watch(LedgerWatcher* watcher) noexcept;
-  // While one lives, a device may hold as much as when it was made although its budget is lower: what
-  // is moved about can always go back.  One at a time.
+  // While one lives, a device may hold as much as when it was made although its budget is lower:
+  // what is moved about can always go back.  One at a time.
   class Exchange {
    public:
     explicit Exchange(Ledger& ledger);

@@ -36,22 +36,22 @@ class MemoryRange {
   ~MemoryRange();
 
   // offset and bytes are multiples of the granularity; the part is not committed yet (commit) or
-  // wholly committed (decommit).  A commit that is refused has lenders give memory back (not for what
-  // is lent itself) and asks again.  Errors of commit: kBudget, kCallback, kMemory; nothing changed.
+  // wholly committed (decommit).  A commit that is refused has lenders give memory back (not for
+  // what is lent itself) and asks again.  Errors of commit: kBudget, kCallback, kMemory; nothing
+  // changed.
   Status commit(int64_t offset, int64_t bytes);
   void decommit(int64_t offset, int64_t bytes) noexcept;
   // Of a range that is committed from its beginning on: room for `bytes` and no more.  Errors: as
   // commit; giving back does not fail.
   Status resize(int64_t bytes);
 
-  // Of host memory, before anything is committed: what comes is pinned for copies of `device`, which
-  // must outlive the range.
+  // Of host memory, before anything is committed: what comes is pinned for copies of `device`,
+  // which must outlive the range.
   void pin_for(Backend& device) noexcept { pinned_for_ = &device; }
 
   // Of a range that was committed whole, or of what was committed at `offset`.
   std::byte* data(int64_t offset = 0) const noexcept {
-    return base_ == nullptr ? nullptr
-                            : static_cast<std::byte*>(backend_->address(base_, offset));
+    return base_ == nullptr ? nullptr : static_cast<std::byte*>(backend_->address(base_, offset));
   }
   // Giving back a part moves the rest (Backend::address).
   bool moves() const noexcept { return data() != base_; }

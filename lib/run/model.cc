@@ -92,8 +92,7 @@ Result<Model> load_model(const Engine& engine, const Plan& plan, const RunOption
   model->plan = plan;
   model->metadata = file.metadata();
   model->rope = nn::make_rope(plan.model);
-  FATHOM_TRY_ASSIGN(auto map,
-                    nn::WeightMap::create(file, plan.placement, engine.state()->devices));
+  FATHOM_TRY_ASSIGN(auto map, nn::WeightMap::create(file, plan.placement, engine.state()->devices));
   FATHOM_TRY(load_tokenizer(*model, std::move(planner.tokenizer())));
   FATHOM_TRY(load_weights(*model, file, map, options));
 

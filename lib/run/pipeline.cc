@@ -42,7 +42,8 @@ Status run_in_waves(std::span<const LayerRun> runs, const Passes& passes) {
   };
   Status status;
   for (int64_t wave = 0; wave < passes.count + n_runs - 1 && status.ok(); ++wave) {
-    // A layer of each in turn, so that a device whose queue is full keeps none of the others waiting.
+    // A layer of each in turn, so that a device whose queue is full keeps none of the others
+    // waiting.
     for (size_t l = 0; l < longest && status.ok(); ++l)
       each(wave, [&](int64_t r, int64_t index) {
         const LayerRun& run = runs[static_cast<size_t>(r)];
@@ -55,7 +56,8 @@ Status run_in_waves(std::span<const LayerRun> runs, const Passes& passes) {
       });
     each(wave, [&](int64_t r, int64_t index) {  // all of them, also after a failure
       const nn::ForwardParams params = passes.params(index);
-      const nn::Stage& stage = params.stages[static_cast<size_t>(runs[static_cast<size_t>(r)].device)];
+      const nn::Stage& stage =
+          params.stages[static_cast<size_t>(runs[static_cast<size_t>(r)].device)];
       Status synced = stage.device->sync(stage.op);
       if (status.ok()) status = std::move(synced);
     });
@@ -101,7 +103,8 @@ class Turns {
     Status status = take_turns();
     // All of them, also after a failure.
     for (const std::optional<Pass>& pass : under_way_)
-      for (const nn::Stage& stage : pass ? pass->at.params().stages : std::span<const nn::Stage>()) {
+      for (const nn::Stage& stage :
+           pass ? pass->at.params().stages : std::span<const nn::Stage>()) {
         Status synced = stage.device->sync(stage.op);
         if (status.ok()) status = std::move(synced);
       }

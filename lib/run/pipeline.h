@@ -5,8 +5,8 @@
 //   cuda:0   p0    p1    p2
 //   cuda:1         p0    p1    p2       rows go over between the waves
 //
-// Where a pass goes to and fro, as when routed experts live on other devices than their layers, others
-// take the turns that it leaves:
+// Where a pass goes to and fro, as when routed experts live on other devices than their layers,
+// others take the turns that it leaves:
 //
 //   cuda:0     a p0   a p1   a p2   a p0   a p1       a: attention of a layer, and its own network
 //   cpu               e p0   e p1   e p2   e p0       e: routed experts; rows and sums go over
@@ -35,8 +35,8 @@ std::vector<LayerRun> layer_runs(const Placement& placement);
 // experts of its layers, and nothing else uses it.
 bool can_overlap(const Placement& placement, std::span<const LayerRun> runs);
 
-// Whether passes can take turns on the devices: a pass has steps on several, and rows of the cache are
-// with their layers.
+// Whether passes can take turns on the devices: a pass has steps on several, and rows of the cache
+// are with their layers.
 bool can_take_turns(const Placement& placement);
 
 // How chunks of one prompt can go through the devices of a plan; in turns, where it has
@@ -62,8 +62,8 @@ struct Passes {
 // buffers and the rows that they wrote.
 Status run_in_waves(std::span<const LayerRun> runs, const Passes& passes);
 
-// At most `in_flight` passes at once; pass i is in the buffers of number i % in_flight.  queue_end is
-// not asked for.
+// At most `in_flight` passes at once; pass i is in the buffers of number i % in_flight.  queue_end
+// is not asked for.
 Status run_in_turns(const Placement& placement, int64_t in_flight, const Passes& passes);
 
 }  // namespace fathom::run

@@ -59,7 +59,8 @@ Result<Ranges> read_ranges(std::string_view text, std::string_view part) {
     ranges.push_back(range);
     return read && range.first <= range.last;
   });
-  if (!good) return bad(part, fmt::format("{} is not *, numbers or ranges such as 0-3+8", shown(text)));
+  if (!good)
+    return bad(part, fmt::format("{} is not *, numbers or ranges such as 0-3+8", shown(text)));
   return ranges;
 }
 
@@ -169,8 +170,8 @@ Status read_kv(const Config& config, const std::vector<std::string>& names, Plac
 }
 
 Status twice(std::string_view key, const Part& part, std::string_view what) {
-  return Status(Code::kConfig,
-                fmt::format("{}: {}: {} is pinned to another device too", key, shown(part.text), what))
+  return Status(Code::kConfig, fmt::format("{}: {}: {} is pinned to another device too", key,
+                                           shown(part.text), what))
       .about(key);
 }
 
@@ -183,7 +184,8 @@ Status read_layers(const Config& config, const std::vector<std::string>& names,
     const int rank = part.layers.empty() ? 1 : 2;
     FATHOM_TRY(each_in(part.layers, static_cast<int64_t>(pins.layers.size()), "layers", part,
                        kLayersKey, [&](int64_t l) -> Status {
-                         if (setter.set(pins.layers, static_cast<size_t>(l), device, rank)) return {};
+                         if (setter.set(pins.layers, static_cast<size_t>(l), device, rank))
+                           return {};
                          return twice(kLayersKey, part, fmt::format("layer {}", l));
                        }));
   }
@@ -193,27 +195,27 @@ Status read_layers(const Config& config, const std::vector<std::string>& names,
 Status read_experts(const Config& config, const ModelConfig& model,
                     const std::vector<std::string>& names, PlacementPins& pins) {
   FATHOM_TRY_ASSIGN(const auto parts, read_parts(config.placement_experts, true));
-  std::vector<Setter> setters(pins.experts.size(), Setter(static_cast<size_t>(model.n_routed_experts)));
+  std::vector<Setter> setters(pins.experts.size(),
+                              Setter(static_cast<size_t>(model.n_routed_experts)));
   for (const Part& part : parts) {
     FATHOM_TRY_ASSIGN(const int device, find_device(part.device, kExpertsKey, names));
     const bool all = !part.experts || part.experts->empty();
     const int rank = 1 + (part.layers.empty() ? 0 : 1) + (all ? 0 : 2);
     bool any = false;
-    FATHOM_TRY(each_in(
-        part.layers, static_cast<int64_t>(pins.layers.size()), "layers", part, kExpertsKey,
-        [&](int64_t l) -> Status {
-          std::vector<int>& experts = pins.experts[static_cast<size_t>(l)];
-          if (experts.empty()) return {};  // a dense layer in a range of layers
-          any = true;
-          return each_in(part.experts.value_or(Ranges{}), model.n_routed_experts, "experts", part,
-                         kExpertsKey, [&](int64_t e) -> Status {
-                           if (setters[static_cast<size_t>(l)].set(experts, static_cast<size_t>(e),
-                                                                   device, rank))
-                             return {};
-                           return twice(kExpertsKey, part,
-                                        fmt::format("expert {} of layer {}", e, l));
-                         });
-        }));
+    FATHOM_TRY(each_in(part.layers, static_cast<int64_t>(pins.layers.size()), "layers", part,
+                       kExpertsKey, [&](int64_t l) -> Status {
+                         std::vector<int>& experts = pins.experts[static_cast<size_t>(l)];
+                         if (experts.empty()) return {};  // a dense layer in a range of layers
+                         any = true;
+                         return each_in(part.experts.value_or(Ranges{}), model.n_routed_experts,
+                                        "experts", part, kExpertsKey, [&](int64_t e) -> Status {
+                                          if (setters[static_cast<size_t>(l)].set(
+                                                  experts, static_cast<size_t>(e), device, rank))
+                                            return {};
+                                          return twice(kExpertsKey, part,
+                                                       fmt::format("expert {} of layer {}", e, l));
+                                        });
+                       }));
     if (!any)
       return Status(Code::kConfig, fmt::format("{}: {}: no layer there has routed experts",
                                                kExpertsKey, shown(part.text)))

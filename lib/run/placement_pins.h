@@ -1,4 +1,5 @@
-// What a user pins of the placement: placement.layers, .experts, .embed, .head and .kv as text, and what they mean for a model.
+// What a user pins of the placement: placement.layers, .experts, .embed, .head and .kv as text, and
+// what they mean for a model.
 //
 //   placement.layers    device=LAYERS, ...            "cuda:0=0-29,cuda:1=*"
 //   placement.experts   device=LAYERS[:EXPERTS], ...  "cpu=*,cuda:1=3-10,cuda:0=3-10:0-15"
@@ -28,8 +29,8 @@ struct PlacementPins {
 
   // Rows of the cache, in the order of the text.
   struct Rows {
-    int device = -1;             // -1: that of the layer
-    int64_t n_rows = kKvNoEnd;   // kKvNoEnd: all that follow
+    int device = -1;            // -1: that of the layer
+    int64_t n_rows = kKvNoEnd;  // kKvNoEnd: all that follow
   };
   std::vector<Rows> kv;  // empty: not pinned
 

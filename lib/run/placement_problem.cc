@@ -16,8 +16,8 @@ namespace {
 
 // A usual text, for the goal `mix`.
 constexpr int64_t kMixRead = 2048, kMixWritten = 512;
-// Of a pass's time, what lies between two that take turns: steps are of unlike length and copies add
-// up.  0.6 with experts on a host, 0.8 where layers go back and forth between two cards
+// Of a pass's time, what lies between two that take turns: steps are of unlike length and copies
+// add up.  0.6 with experts on a host, 0.8 where layers go back and forth between two cards
 // (run_in_flight_test, run_placement_test).
 constexpr double kInTurns = 0.8;
 // Chunks of a prompt that follow each other through the devices, for the goal `prefill`.
@@ -111,8 +111,8 @@ class Builder {
     }
   }
 
-  // Cache bytes of one layer and session that placement.kv puts on a device; -1: on the layer's own,
-  // with all that it does not name.
+  // Cache bytes of one layer and session that placement.kv puts on a device; -1: on the layer's
+  // own, with all that it does not name.
   int64_t pinned_kv_bytes(const KvLayout& kv, int device) const {
     const Plan& plan = in_.plan;
     int64_t bytes = 0, page = 0;
@@ -124,8 +124,7 @@ class Builder {
       page = end;
     };
     for (const PlacementPins::Rows& pin : in_.pins.kv)
-      add(pin.device,
-          pin.n_rows == kKvNoEnd ? kKvNoEnd : page + pin.n_rows / plan.kv_page_tokens);
+      add(pin.device, pin.n_rows == kKvNoEnd ? kKvNoEnd : page + pin.n_rows / plan.kv_page_tokens);
     if (page != kKvNoEnd) add(-1, kKvNoEnd);
     return bytes;
   }
@@ -139,8 +138,8 @@ class Builder {
         const auto page = [&](KvType type) {
           return committed_bytes(kv.page_bytes(type, n), unit);
         };
-        return plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context),
-                                    page(plan.kv_type), page(plan.kv_policy.hot_type));
+        return plan.kv_policy.bytes(plan.kv_policy.last_page_begun(in_.context), page(plan.kv_type),
+                                    page(plan.kv_policy.hot_type));
       };
       rest.push_back(sessions * (bytes(granularity) - bytes(1)));
     }
@@ -208,7 +207,8 @@ class Builder {
     return {};
   }
 
-  // Nothing may live there: whatever does would exceed its room by more than it could anywhere else.
+  // Nothing may live there: whatever does would exceed its room by more than it could anywhere
+  // else.
   void keep_off(size_t i) {
     constexpr int64_t kFactor = 4096;
     p_.budget[i] = 0;

@@ -12,11 +12,11 @@
 //
 // Method: layers in contiguous runs, from several starts (shares by memory, by speed, the fastest
 // device filled first), then descent by moving run boundaries, experts of a layer, embedding and
-// head, single layers and pairs of them, until no move helps; then again from around the best.  Then
-// cards are made to work alike where that costs at most kMostForEven of the fastest found: full ones
-// trade experts for layers, those with too large parts give experts to each other.  Last, every move
-// of one part that is no loss is made, so that no room is left that something slower could use.
-// Against all placements of small instances: tests/run_placement_solver_test.cc.
+// head, single layers and pairs of them, until no move helps; then again from around the best. Then
+// cards are made to work alike where that costs at most kMostForEven of the fastest found: full
+// ones trade experts for layers, those with too large parts give experts to each other.  Last,
+// every move of one part that is no loss is made, so that no room is left that something slower
+// could use. Against all placements of small instances: tests/run_placement_solver_test.cc.
 #pragma once
 
 #include <cstdint>
@@ -30,12 +30,12 @@ namespace fathom::run {
 
 // A kind of pass: seconds by layer and device.
 struct SolverPass {
-  double weight = 1;     // passes of this kind that count
-  int64_t in_flight = 1; // S
+  double weight = 1;      // passes of this kind that count
+  int64_t in_flight = 1;  // S
   // The passes are of one session, whose buffers on a device hold one pass: they follow each other
   // where every device has its layers in one run and their experts with them.  Elsewhere they take
-  // turns (pipeline.h), and this share of a pass's time lies between two of them, if no device needs
-  // more.
+  // turns (pipeline.h), and this share of a pass's time lies between two of them, if no device
+  // needs more.
   bool one_session = false;
   double in_turns = 1;
   std::vector<std::vector<double>> own;      // [layer][device] attention, router
@@ -51,12 +51,12 @@ struct SolverProblem {
   int64_t n_experts = 0;  // per MoE layer
   // Bytes by device.  What every device holds in any case is taken from the budgets before.
   std::vector<int64_t> budget;
-  std::vector<int64_t> held;  // that; empty: nothing
+  std::vector<int64_t> held;                                          // that; empty: nothing
   std::vector<int64_t> layers_scratch, guests_scratch, ends_scratch;  // once, by what lives there
   std::vector<int64_t> embed_bytes, head_bytes;
-  std::vector<std::vector<int64_t>> own_bytes;     // [layer][device], cache included
-  // [device][layers there] what the cache's pages take beyond own_bytes, since they are committed in
-  // whole units; empty: nothing.
+  std::vector<std::vector<int64_t>> own_bytes;  // [layer][device], cache included
+  // [device][layers there] what the cache's pages take beyond own_bytes, since they are committed
+  // in whole units; empty: nothing.
   std::vector<std::vector<int64_t>> page_rest;
   std::vector<std::vector<int64_t>> expert_bytes;  // [layer][device] of one expert; 0: dense layer
   std::vector<bool> is_host;                       // devices whose sum is bound by host_budget
@@ -68,11 +68,11 @@ struct SolverProblem {
 
 // What a placement costs.
 struct PlacementCost {
-  double makespan = 0;                // weighted over the kinds of passes; the goal
-  std::vector<double> busy;           // [device] seconds of the first kind of pass
-  double latency = 0;                 // of one pass of the first kind
-  std::vector<int64_t> bytes;         // [device] without what is held in any case
-  int64_t bytes_over = 0;             // sum of bytes beyond budgets
+  double makespan = 0;         // weighted over the kinds of passes; the goal
+  std::vector<double> busy;    // [device] seconds of the first kind of pass
+  double latency = 0;          // of one pass of the first kind
+  std::vector<int64_t> bytes;  // [device] without what is held in any case
+  int64_t bytes_over = 0;      // sum of bytes beyond budgets
 };
 
 PlacementCost cost_of(const SolverProblem& problem, const Placement& placement);

@@ -69,10 +69,9 @@ SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device
   if (device == engine.host_device && !head.host_accessible())  // first, as it outlives the pass
     buffers.host_logits =
         arena.take<float>(std::min(chunk, nn::kLogitRows) * plan.model.vocab_size);
-  buffers.scratch =
-      nn::Scratch::carve_in_flight(arena, plan.model, chunk,
-                                   nn::DeviceRoles::of(plan.placement, device),
-                                   plan.prefill_in_flight);
+  buffers.scratch = nn::Scratch::carve_in_flight(arena, plan.model, chunk,
+                                                 nn::DeviceRoles::of(plan.placement, device),
+                                                 plan.prefill_in_flight);
   return buffers;
 }
 

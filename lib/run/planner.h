@@ -36,7 +36,7 @@ struct SessionScratch {
 // the head's device keeps where the host cannot read them.
 struct SessionBuffers {
   nn::Scratch::InFlight scratch{};  // of the plan's prefill_in_flight passes
-  float* host_logits = nullptr;  // [min(chunk, kLogitRows), vocab_size], or null
+  float* host_logits = nullptr;     // [min(chunk, kLogitRows), vocab_size], or null
 };
 SessionBuffers carve_session(Arena& arena, const EngineState& engine, int device, const Plan& plan,
                              int64_t chunk);
@@ -107,8 +107,8 @@ class Planner {
   bool fits(const Plan& plan) const;
   // A context that is left to the plan should hold at least this much.
   static constexpr int64_t kHopedContext = 8192;
-  // The chunk to begin with.  A window of recent 16-bit pages holds at least a chunk, so that what is
-  // cold depends on the number of tokens alone and not on how they were cut.
+  // The chunk to begin with.  A window of recent 16-bit pages holds at least a chunk, so that what
+  // is cold depends on the number of tokens alone and not on how they were cut.
   static int64_t default_chunk(const Config& config, int64_t context);
   int64_t longest_context(Plan plan, int64_t limit) const;
   void name_what_binds(Plan& plan) const;

@@ -125,11 +125,11 @@ void Planner::choose_in_flight(Plan& plan, const nn::WeightMap& map) const {
   if (config.prefill_in_flight || !plan.feasible || plan.by_ladder ||
       chunk_flow(plan) != ChunkFlow::kTurns || plan.max_context <= plan.prefill_chunk)
     return;
-  // More than the prediction can be trusted to tell apart; and the context that may be given for it,
-  // where that is what fits.
+  // More than the prediction can be trusted to tell apart; and the context that may be given for
+  // it, where that is what fits.
   constexpr double kTellApart = 1.03;
-  const int64_t least = config.context_max ? plan.max_context
-                                           : plan.max_context - plan.max_context / 16;
+  const int64_t least =
+      config.context_max ? plan.max_context : plan.max_context - plan.max_context / 16;
   constexpr int64_t kShortest = 64;
   const double alone = prefill_rate(plan, engine_->machine, map.weights());
   double best = kTellApart * alone;

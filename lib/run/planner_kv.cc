@@ -16,8 +16,9 @@ namespace {
 int64_t without_cache(const PlanDevice& device) {
   int64_t most = 0;
   for (int p = 0; p < kPhaseCount; ++p)
-    most = std::max(most, device.total(static_cast<Phase>(p)) -
-                              device.bytes[static_cast<size_t>(p)][static_cast<size_t>(Purpose::kKv)]);
+    most =
+        std::max(most, device.total(static_cast<Phase>(p)) -
+                           device.bytes[static_cast<size_t>(p)][static_cast<size_t>(Purpose::kKv)]);
   return most;
 }
 
@@ -56,8 +57,8 @@ Status Planner::pin_cache(const PlacementPins& pins, Plan& plan) const {
   return {};
 }
 
-// Each home keeps what it has room for; the others take the rest, the fastest first, among equals the
-// roomiest.
+// Each home keeps what it has room for; the others take the rest, the fastest first, among equals
+// the roomiest.
 bool Planner::share_rows(Plan& plan, int64_t n_tokens) const {
   const int64_t unit = kv_span_rows(plan.kv_page_tokens);
   const auto n_devices = static_cast<int>(plan.devices.size());

@@ -284,25 +284,23 @@ double step_seconds(const Plan& plan, const MachineDescription& machine, const n
 }
 
 double turns_seconds(const Plan& plan, const MachineDescription& machine,
-                     const nn::Weights& weights, int64_t n_rows, int64_t position,
-                     int64_t groups) {
-  return static_cast<double>(groups) *
-         run_passes(plan, machine, nn::make_rope(plan.model), weights,
-                    {.n_tokens = (n_rows + groups - 1) / groups,
-                     .first_position = position,
-                     .form = AttentionForm::kAbsorbed,
-                     .count = groups,
-                     .flow = ChunkFlow::kTurns,
-                     .in_flight = groups})
-             .total;
+                     const nn::Weights& weights, int64_t n_rows, int64_t position, int64_t groups) {
+  return static_cast<double>(groups) * run_passes(plan, machine, nn::make_rope(plan.model), weights,
+                                                  {.n_tokens = (n_rows + groups - 1) / groups,
+                                                   .first_position = position,
+                                                   .form = AttentionForm::kAbsorbed,
+                                                   .count = groups,
+                                                   .flow = ChunkFlow::kTurns,
+                                                   .in_flight = groups})
+                                           .total;
 }
 
 double prefill_rate(const Plan& plan, const MachineDescription& machine,
                     const nn::Weights& weights) {
   const int64_t chunk = std::min(plan.prefill_chunk, std::max<int64_t>(plan.max_context, 1));
-  return rate(chunk, run_chunks(plan, machine, nn::make_rope(plan.model), weights,
-                                plan.max_context / 2)
-                         .total);
+  return rate(
+      chunk,
+      run_chunks(plan, machine, nn::make_rope(plan.model), weights, plan.max_context / 2).total);
 }
 
 void predict(Plan& plan, const MachineDescription& machine, const nn::Weights& weights) {

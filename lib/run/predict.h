@@ -18,10 +18,9 @@ double prefill_rate(const Plan& plan, const MachineDescription& machine,
                     const nn::Weights& weights);
 // Of n_rows tokens behind `position` others in `groups` passes that take turns.
 double turns_seconds(const Plan& plan, const MachineDescription& machine,
-                     const nn::Weights& weights, int64_t n_rows, int64_t position,
-                     int64_t groups);
+                     const nn::Weights& weights, int64_t n_rows, int64_t position, int64_t groups);
 // Of the step that writes token n_tokens of a text.
-double step_seconds(const Plan& plan, const MachineDescription& machine,
-                    const nn::Weights& weights, int64_t n_tokens);
+double step_seconds(const Plan& plan, const MachineDescription& machine, const nn::Weights& weights,
+                    int64_t n_tokens);
 
 }  // namespace fathom::run

@@ -61,9 +61,9 @@ Result<Profile> Profile::parse(std::string_view json) {
     return Status(Code::kVersion, fmt::format("profile of version {}, this library knows {}",
                                               version, kProfileVersion));
   Profile profile;
-  for (const auto& [key, field] : {std::pair{"model", &profile.model},
-                                   std::pair{"machine", &profile.machine},
-                                   std::pair{"goal", &profile.goal}}) {
+  for (const auto& [key, field] :
+       {std::pair{"model", &profile.model}, std::pair{"machine", &profile.machine},
+        std::pair{"goal", &profile.goal}}) {
     FATHOM_TRY_ASSIGN(const std::string_view text, io::json_string(root, key));
     *field = text;
   }

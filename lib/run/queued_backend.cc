@@ -112,7 +112,8 @@ class QueuedBackend final : public ForwardingDevice {
   void kv_append(const OpContext& op, const KvAppendParams& p) noexcept override {
     queue<&Backend::kv_append>(op, p);
   }
-  // Not queued: it comes between passes, and the tail of its page is given back as soon as it returns.
+  // Not queued: it comes between passes, and the tail of its page is given back as soon as it
+  // returns.
   void kv_convert(const OpContext& op, const KvConvertParams& p) noexcept override {
     real_->kv_convert(op, p);
   }

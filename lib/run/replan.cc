@@ -478,10 +478,11 @@ Status replan(const Model& handle, std::span<Session* const> sessions, const Con
   // Weights are pointed at where they lie.
   for (const WeightBlock& block : handle.state()->blocks)
     if (block.range.moves())
-      return Status(Code::kUnsupported,
-                    fmt::format("{} cannot give back parts of its weights: its driver maps no memory "
-                                "into reserved addresses",
-                                handle.engine().device(block.device).name()))
+      return Status(
+                 Code::kUnsupported,
+                 fmt::format("{} cannot give back parts of its weights: its driver maps no memory "
+                             "into reserved addresses",
+                             handle.engine().device(block.device).name()))
           .on_device(block.device);
   std::vector<int> closed;
   for (;;) {

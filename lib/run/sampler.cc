@@ -213,8 +213,9 @@ int32_t Sampler::n_deciding() const noexcept {
 Result<int32_t> Sampler::pick_from(std::span<const TokenLogit> likeliest, int64_t vocab_size,
                                    TokenLogit broken) {
   if (likeliest.empty() || std::cmp_less(vocab_size, likeliest.size()))
-    return Status(Code::kInvalidArgument, fmt::format("{} likeliest of {} tokens: must be in [1, {}]",
-                                                      likeliest.size(), vocab_size, vocab_size));
+    return Status(Code::kInvalidArgument,
+                  fmt::format("{} likeliest of {} tokens: must be in [1, {}]", likeliest.size(),
+                              vocab_size, vocab_size));
   if (broken.id >= 0) return broken_logit(broken);
   const TokenLogit best = likeliest.front();
   if (!(best.logit > -kInfinity)) return all_impossible(vocab_size);

@@ -68,9 +68,9 @@ bool SessionState::bring_likeliest(int64_t k) {
 Status SessionState::bring_logits() {
   if (!has_likeliest || has_logits) return {};
   const nn::Stage& head = stages[static_cast<size_t>(model.plan().placement.head_device)];
-  FATHOM_TRY(head.device->download(
-      logits, head.scratch.logits,
-      model.config().vocab_size * static_cast<int64_t>(sizeof(float))));
+  FATHOM_TRY(
+      head.device->download(logits, head.scratch.logits,
+                            model.config().vocab_size * static_cast<int64_t>(sizeof(float))));
   has_logits = true;
   return {};
 }
@@ -88,8 +88,7 @@ Status SessionState::all_logits(const nn::ForwardParams& params, const RunOption
                       fmt::format("the logits callback stopped at position {}",
                                   params.sequences.front().first_position + row + i));
     // logits() is the view of the first row: leave the last position's there.
-    if (row + count == n && count > 1)
-      std::copy_n(logits + (count - 1) * vocab, vocab, logits);
+    if (row + count == n && count > 1) std::copy_n(logits + (count - 1) * vocab, vocab, logits);
   }
   return {};
 }
@@ -123,8 +122,8 @@ Result<int64_t> SessionState::pass(std::span<const int32_t> ids, int64_t longest
   const bool any_logits = want_logits || options.on_logits;
   const bool few = want_logits && !options.on_logits && !likeliest.empty();
   // Asking for logits waits as well; copies of experts may change between passes.
-  Status status = run_pass(params, any_logits && params.copies == nullptr ? nn::PassEnd::kLeave
-                                                                          : nn::PassEnd::kWait);
+  Status status = run_pass(
+      params, any_logits && params.copies == nullptr ? nn::PassEnd::kLeave : nn::PassEnd::kWait);
   if (status.ok() && any_logits) has_logits = has_likeliest = false;  // being overwritten
   if (status.ok() && options.on_logits)
     status = all_logits(params, options);
@@ -265,8 +264,7 @@ Status Session::step(int32_t token) {
 
 std::span<const float> Session::logits() const noexcept {
   if (!state_->bring_logits().ok() || !state_->has_logits) return {};
-  return {state_->logits,
-          static_cast<size_t>(state_->model.config().vocab_size)};
+  return {state_->logits, static_cast<size_t>(state_->model.config().vocab_size)};
 }
 std::span<const int32_t> Session::tokens() const noexcept {
   return {state_->tokens, static_cast<size_t>(state_->n_tokens)};

@@ -109,8 +109,8 @@ void logits_change(const Group& group) noexcept {
     session->state().has_logits = session->state().has_likeliest = false;
 }
 
-// One group after the other through the devices, so that these work at once, in waves or in turns.  A
-// group's logits are the work of the last device of a wave, where that has the head.
+// One group after the other through the devices, so that these work at once, in waves or in turns.
+// A group's logits are the work of the last device of a wave, where that has the head.
 Status groups_at_once(std::span<const Group> groups, std::span<const LayerRun> runs,
                       const RunControl& control) {
   const auto group_of = [&](int64_t index) -> const Group& {
@@ -176,9 +176,8 @@ std::vector<double> run_seconds(const SessionState& s, std::span<const LayerRun>
   std::vector<double> seconds;
   for (const LayerRun& run : runs) {
     const MachineDevice& device = machine.devices[static_cast<size_t>(run.device)];
-    double sum = plan.placement.head_device == run.device
-                     ? head_seconds(device, plan.model, weights)
-                     : 0;
+    double sum =
+        plan.placement.head_device == run.device ? head_seconds(device, plan.model, weights) : 0;
     for (size_t l = run.first; l < run.end; ++l)
       sum += layer_seconds(device, plan.model, weights.layers[l],
                            plan.model.is_moe_layer(static_cast<int64_t>(l)), pass)
@@ -203,9 +202,7 @@ int64_t SessionState::batch_groups(int64_t n) {
   // Groups that take turns do without copies of experts.
   const bool turns = !waves && model.plan().devices.size() > 1 && can_take_turns(placement) &&
                      model.state()->copies == nullptr;
-  const int64_t most = waves   ? static_cast<int64_t>(runs.size())
-                       : turns ? kChunksInTurns
-                               : 1;
+  const int64_t most = waves ? static_cast<int64_t>(runs.size()) : turns ? kChunksInTurns : 1;
   double least = 0;
   for (int64_t groups = 1; groups <= std::min(n, most); ++groups) {
     double all = 0;

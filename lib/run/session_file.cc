@@ -75,14 +75,14 @@ Status read_rows(SessionState& s, SessionSource& source, int64_t page, int64_t f
                               kv_type_name(here)))
         .at(static_cast<uint64_t>(source.position()))
         .about("kv.page_tokens");
-  FATHOM_TRY(each_piece(
-      s, header.type, first_row, header.n_rows,
-      [&](int d, int64_t to, int64_t offset, int64_t bytes) {
-        auto* data = static_cast<std::byte*>(s.cache.rows(d, 0, 0, 0).pages[to].data);
-        const int holder = s.cache.pages().holder(d, to);
-        return source.take(*s.stages[static_cast<size_t>(holder)].device, data + offset, bytes,
-                           "page");
-      }));
+  FATHOM_TRY(each_piece(s, header.type, first_row, header.n_rows,
+                        [&](int d, int64_t to, int64_t offset, int64_t bytes) {
+                          auto* data =
+                              static_cast<std::byte*>(s.cache.rows(d, 0, 0, 0).pages[to].data);
+                          const int holder = s.cache.pages().holder(d, to);
+                          return source.take(*s.stages[static_cast<size_t>(holder)].device,
+                                             data + offset, bytes, "page");
+                        }));
   s.cache.commit_rows(first_row + header.n_rows);  // whole pages may be moved now
   return {};
 }
@@ -128,8 +128,7 @@ Status write_session(const SessionState& s, const WriteFunction& write, const Ru
   FATHOM_TRY(sink.put(std::as_bytes(std::span(s.tokens, static_cast<size_t>(s.n_tokens)))));
   FATHOM_TRY(sink.end_section());
   if (s.has_logits) {
-    const std::span<const float> logits(s.logits,
-                                        static_cast<size_t>(header.vocab_size));
+    const std::span<const float> logits(s.logits, static_cast<size_t>(header.vocab_size));
     FATHOM_TRY(sink.put(std::as_bytes(logits)));
     FATHOM_TRY(sink.end_section());
   }
@@ -187,8 +186,7 @@ Result<Session> read_session(const Model& model, const ReadFunction& read, int64
   s.cache.truncate(0);  // pages come in the types that the file says
   FATHOM_TRY(read_tokens(s, source, header.n_tokens));
   if (header.has_logits) {
-    const std::span<float> logits(s.logits,
-                                  static_cast<size_t>(header.vocab_size));
+    const std::span<float> logits(s.logits, static_cast<size_t>(header.vocab_size));
     FATHOM_TRY(source.take(std::as_writable_bytes(logits), "logits"));
     FATHOM_TRY(source.end_section("logits"));
   }

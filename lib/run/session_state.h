@@ -128,9 +128,9 @@ class SessionState final : public nn::RowSourceOf {
   std::vector<nn::Stage> stages;     // one per device of the engine
   // The same of passes that are under way beside the one in `stages`.
   std::array<std::vector<nn::Stage>, nn::kMostInFlight - 1> other_stages;
-  MemoryRange staging;               // for copies between devices
-  float* logits = nullptr;           // host memory; the first row is that of the last token
-  MemoryRange history;               // int32_t [max_tokens]
+  MemoryRange staging;      // for copies between devices
+  float* logits = nullptr;  // host memory; the first row is that of the last token
+  MemoryRange history;      // int32_t [max_tokens]
   int32_t* tokens = nullptr;
   int64_t n_tokens = 0;
   int64_t chunk = 0;                     // longest pass that the scratch has room for
@@ -141,8 +141,8 @@ class SessionState final : public nn::RowSourceOf {
   bool has_likeliest = false;         // of the last token, whose logits are on the device alone
   SessionTimes times;
   std::vector<Event> events;
-  MemorySnapshot memory;             // what report() shows, kept so that it allocates once
-  const nn::Trace* trace = nullptr;  // for tests
+  MemorySnapshot memory;                    // what report() shows, kept so that it allocates once
+  const nn::Trace* trace = nullptr;         // for tests
   int64_t section_rows = nn::kSectionRows;  // for tests
 
  private:

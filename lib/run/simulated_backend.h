@@ -3,8 +3,8 @@
 // tokens, and every byte and every second of it can be looked at.
 //
 // Memory is addresses: pages that nobody touches cost nothing, and what reads them sees zeros.
-// Only what the library looks at itself is really there: the experts that tokens choose, where copies
-// of experts are kept, and so copies of a few bytes from and to the host's memory.
+// Only what the library looks at itself is really there: the experts that tokens choose, where
+// copies of experts are kept, and so copies of a few bytes from and to the host's memory.
 //
 // Time is the cost model's: each device has a clock that its operations advance; the thread that
 // runs the passes has one too, which sync() and transfers advance.  A transfer between devices is

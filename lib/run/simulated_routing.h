@@ -1,6 +1,6 @@
-// Which experts the tokens of a simulated model choose: at random, the r-th most used of a layer with
-// a weight of 1 / r^skew, so that a simulation with copies of experts has something to find.  The same
-// in every run.
+// Which experts the tokens of a simulated model choose: at random, the r-th most used of a layer
+// with a weight of 1 / r^skew, so that a simulation with copies of experts has something to find.
+// The same in every run.
 #pragma once
 
 #include <cstdint>

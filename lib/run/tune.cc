@@ -69,7 +69,8 @@ class Search {
       FATHOM_TRY_ASSIGN(const bool found, find_with(choice, 0, steps));
       if (found) return {};
     }
-    return Status(Code::kBudget, fmt::format("no settings fit: {}", result_.trials.front().why_not));
+    return Status(Code::kBudget,
+                  fmt::format("no settings fit: {}", result_.trials.front().why_not));
   }
   Result<bool> find_with(Choice& choice, size_t axis, size_t steps) {
     if (axis == axes_.size()) {
@@ -106,8 +107,8 @@ class Search {
       const TuneTrial& so_far = result_.trials[static_cast<size_t>(best_)];
       // A less preferred value must win clearly; a more preferred one must only not lose clearly.
       const double score = tune_score(goal, other.rates), beat = tune_score(goal, so_far.rates);
-      const bool better = choice[a] > best[a] ? score > beat * (1 + kTuneNoise)
-                                              : score * (1 + kTuneNoise) >= beat;
+      const bool better =
+          choice[a] > best[a] ? score > beat * (1 + kTuneNoise) : score * (1 + kTuneNoise) >= beat;
       if (!better) continue;
       best = choice;
       best_ = index;

@@ -83,8 +83,9 @@ class MachineRunner final : public TuneRunner {
     };
     const int64_t room = session.max_tokens() - kDecodeSteps;
     if (room < 1)
-      return Status(Code::kContextFull, fmt::format("a context of {} tokens is too short to measure",
-                                                    session.max_tokens()));
+      return Status(
+          Code::kContextFull,
+          fmt::format("a context of {} tokens is too short to measure", session.max_tokens()));
     std::vector<int32_t> text(static_cast<size_t>(std::min(kPasses * chunk, room)));
     for (int32_t& id : text) id = token();
 
@@ -127,9 +128,8 @@ class MachineRunner final : public TuneRunner {
 Result<TuneResult> tune_here(const std::string& path, const Config& config,
                              const TuneOptions& options) {
   if (options.context < 0 || options.seconds < 0)
-    return Status(Code::kInvalidArgument,
-                  fmt::format("context {} or seconds {} is negative", options.context,
-                              options.seconds));
+    return Status(Code::kInvalidArgument, fmt::format("context {} or seconds {} is negative",
+                                                      options.context, options.seconds));
   FATHOM_TRY(config.validate());
   FATHOM_TRY_ASSIGN(const FileInfo file, inspect_file(path));
   MachineRunner runner(path, config, options);

@@ -29,16 +29,16 @@ class FakeMachine {
     const std::string folder = "/sys/devices/system/node/node" + std::to_string(id);
     const std::string start = "Node " + std::to_string(id) + " ";
     write(folder + "/cpulist", cpus + "\n");
-    write(folder + "/meminfo", start + "MemTotal:       " + std::to_string(total_mib * 1024) +
-                                   " kB\n" + start + "MemFree:        " +
-                                   std::to_string(free_mib * 1024) + " kB\n" + start +
-                                   "Inactive(anon):  77 kB\n" + start + "Inactive(file):  1024 kB\n");
+    write(folder + "/meminfo",
+          start + "MemTotal:       " + std::to_string(total_mib * 1024) + " kB\n" + start +
+              "MemFree:        " + std::to_string(free_mib * 1024) + " kB\n" + start +
+              "Inactive(anon):  77 kB\n" + start + "Inactive(file):  1024 kB\n");
     if (!distance.empty()) write(folder + "/distance", distance + "\n");
   }
   void allow(const std::string& cpus, const std::string& nodes) const {
-    write("/proc/thread-self/status",
-          "Name:\tfathom\nCpus_allowed:\t3\nCpus_allowed_list:\t" + cpus +
-              "\nMems_allowed:\t3\nMems_allowed_list:\t" + nodes + "\n");
+    write("/proc/thread-self/status", "Name:\tfathom\nCpus_allowed:\t3\nCpus_allowed_list:\t" +
+                                          cpus + "\nMems_allowed:\t3\nMems_allowed_list:\t" +
+                                          nodes + "\n");
   }
   const std::string& path() const { return path_; }
 

@@ -20,16 +20,11 @@ inline constexpr const char* kGoldenModels[] = {
 
 // All others.
 inline constexpr const char* kMoreGoldenModels[] = {
-    "gguf/tiny-v2-lite.old.F16.gguf",
-    "gguf/tiny-v2-lite.split-00001-of-00003.gguf",
-    "quant/quant.Q2_K.gguf",
-    "quant/quant.Q3_K.gguf",
-    "quant/quant.Q4_0.gguf",
-    "quant/quant.Q4_K.gguf",
-    "quant/quant.Q5_K.gguf",
-    "quant/quant.Q6_K.gguf",
-    "quant/quant.IQ4_NL.gguf",
-    "trained/trained.Q8_0.gguf",
+    "gguf/tiny-v2-lite.old.F16.gguf", "gguf/tiny-v2-lite.split-00001-of-00003.gguf",
+    "quant/quant.Q2_K.gguf",          "quant/quant.Q3_K.gguf",
+    "quant/quant.Q4_0.gguf",          "quant/quant.Q4_K.gguf",
+    "quant/quant.Q5_K.gguf",          "quant/quant.Q6_K.gguf",
+    "quant/quant.IQ4_NL.gguf",        "trained/trained.Q8_0.gguf",
 };
 
 }  // namespace fathom::test
