@@ -101,6 +101,7 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
   const int64_t up_groups = slice_groups(*p.gate, average_rows);
   const int64_t down_groups = slice_groups(*p.down, average_rows);
   const int64_t n_up = slice_count(*p.gate, up_groups);
+  const Hand hand = slice_hand(p.n_tokens);
   const auto method = [&](const Weight& w, int64_t e) {
     return choose_method(ctx, w, s.first[e + 1] - s.first[e], false);
   };
@@ -118,7 +119,8 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
     };
     const auto hidden_of = [&](int64_t pair) { return s.hidden + (pair - begin) * row_bytes; };
 
-    for_slices(ctx, *p.gate, up_groups, end_active - first_active, [&](int64_t task, int worker) {
+    const int64_t n_here = end_active - first_active;
+    for_slices(ctx, *p.gate, up_groups, n_here, hand, [&](int64_t task, int worker) {
       const int64_t e = s.active[first_active + task / n_up];
       const auto [first, last] = pairs_of(e);
       Activations rows = x;
@@ -136,7 +138,7 @@ void experts(const CpuContext& ctx, const OpContext& op, const ExpertsParams& p)
                    rows, s.tiles, worker, hidden_of(first));
     });
 
-    for_slices(ctx, *p.down, down_groups, 1, [&](int64_t task, int worker) {
+    for_slices(ctx, *p.down, down_groups, 1, hand, [&](int64_t task, int worker) {
       const Slice slice = slice_at(*p.down, down_groups, task);
       float* tile = worker_part(s.tiles.gate, worker, s.tiles.floats);
       const int64_t block_rows = std::min(kRowBlock, s.tiles.floats / slice.n_rows);

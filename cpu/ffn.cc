@@ -128,7 +128,8 @@ void ffn(const CpuContext& ctx, const OpContext& op, const FfnParams& p) noexcep
     };
     int64_t groups = slice_groups(*p.gate, p.n_tokens);
     int64_t n_slices = slice_count(*p.gate, groups);
-    for_slices(ctx, *p.gate, groups, n_blocks, [&](int64_t task, int worker) {
+    const Hand hand = slice_hand(p.n_tokens);
+    for_slices(ctx, *p.gate, groups, n_blocks, hand, [&](int64_t task, int worker) {
       const int64_t block = task / n_slices;
       HiddenSlice slice = hidden;
       slice.slice = slice_at(*p.gate, groups, task % n_slices);
@@ -140,7 +141,7 @@ void ffn(const CpuContext& ctx, const OpContext& op, const FfnParams& p) noexcep
         hidden_rows(hidden.down_method, scratch.hidden, hidden.hidden_row_bytes, n_rows);
     groups = slice_groups(*p.down, p.n_tokens);
     n_slices = slice_count(*p.down, groups);
-    for_slices(ctx, *p.down, groups, n_blocks, [&](int64_t task, int worker) {
+    for_slices(ctx, *p.down, groups, n_blocks, hand, [&](int64_t task, int worker) {
       const int64_t block = task / n_slices;
       const Slice slice = slice_at(*p.down, groups, task % n_slices);
       multiply_slice(ctx, hidden.down_method, *p.down, 0, slice,

@@ -86,7 +86,8 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
       std::fill_n(s.x + row * w.cols, w.cols, uint16_t{0});
   });
   const auto* weights = reinterpret_cast<const uint16_t*>(w.matrix(0));
-  for_slices(ctx, w, kDenseCols / kGroupRows, n_blocks, [&](int64_t task, int worker) {
+  constexpr int64_t kGroups = kDenseCols / kGroupRows;
+  for_slices(ctx, w, kGroups, n_blocks, Hand::kOneByOne, [&](int64_t task, int worker) {
     const int64_t block = task / n_slices, slice = task % n_slices;
     const bool last_slice = slice == n_slices - 1;
     const int64_t n_rows = std::min(kRowBlock, p.n_rows - block * kRowBlock);
@@ -99,7 +100,7 @@ bool matmul_dense(const CpuContext& ctx, const MatmulParams& p, const DenseScrat
         failed.store(true, std::memory_order_relaxed);
     } else {
       multiply_slice(
-          ctx, Method::kPanel, w, 0, slice_at(w, kDenseCols / kGroupRows, slice),
+          ctx, Method::kPanel, w, 0, slice_at(w, kGroups, slice),
           {.x = p.x + block * kRowBlock * p.x_stride, .x_stride = p.x_stride, .n_rows = n_rows},
           worker_part(panels, worker, kPanelFloats), tile, n_cols, false);
     }
@@ -237,7 +238,8 @@ bool matmul(const CpuContext& ctx, const OpContext& op, const MatmulParams& p) n
   }
   const int64_t groups = slice_groups(w, p.n_rows);
   const int64_t n_slices = slice_count(w, groups);
-  for_slices(ctx, w, groups, row_blocks(p.n_rows), [&](int64_t task, int worker) {
+  const Hand hand = slice_hand(p.n_rows);
+  for_slices(ctx, w, groups, row_blocks(p.n_rows), hand, [&](int64_t task, int worker) {
     const int64_t row0 = task / n_slices * kRowBlock;
     const Slice slice = slice_at(w, groups, task % n_slices);
     multiply_slice(ctx, method, w, 0, slice,
@@ -277,7 +279,8 @@ void heads_matmul(const CpuContext& ctx, const OpContext& op, const HeadsMatmulP
   }
   const int64_t groups = slice_groups(w, p.n_tokens);
   const int64_t n_slices = slice_count(w, groups), n_blocks = row_blocks(p.n_tokens);
-  for_slices(ctx, w, groups, w.count * n_blocks, [&](int64_t task, int worker) {
+  const Hand hand = slice_hand(p.n_tokens);
+  for_slices(ctx, w, groups, w.count * n_blocks, hand, [&](int64_t task, int worker) {
     const Slice slice = slice_at(w, groups, task % n_slices);
     const int64_t token0 = task / n_slices % n_blocks * kRowBlock;
     const int64_t head = task / n_slices / n_blocks;

@@ -74,16 +74,23 @@ Slice slice_at(const Weight&, int64_t groups, int64_t index) noexcept;
 // Which node's rows each slice of `groups` row groups begins with; n_nodes() of them.
 NodeCut slice_cut(const NodeShares&, int64_t n_row_groups, int64_t groups) noexcept;
 
+// How tasks that multiply so many rows with a slice each are handed out.  With few, all time goes
+// into reading weights, and the processor looks ahead best in a run of slices.  With many, rows may
+// be shared out unevenly among experts.
+inline Hand slice_hand(int64_t n_rows) noexcept {
+  return n_rows <= kGroupRows ? Hand::kRuns : Hand::kOneByOne;
+}
+
 // fn(task, worker) for tasks [0, n_outer * slice_count(w, groups)); task % slice_count() is a slice
 // of rows of w, which threads of the node that has these rows take first.
 template <class F>
-void for_slices(const CpuContext& ctx, const Weight& w, int64_t groups, int64_t n_outer,
+void for_slices(const CpuContext& ctx, const Weight& w, int64_t groups, int64_t n_outer, Hand hand,
                 F&& fn) noexcept {
   const int64_t n_tasks = n_outer * slice_count(w, groups);
   if (ctx.nodes == nullptr)
-    ctx.threads->parallel_for(n_tasks, fn);
+    ctx.threads->parallel_for(n_tasks, fn, hand);
   else
-    ctx.threads->parallel_for(n_tasks, slice_cut(*ctx.nodes, row_groups(w), groups), fn);
+    ctx.threads->parallel_for(n_tasks, slice_cut(*ctx.nodes, row_groups(w), groups), fn, hand);
 }
 
 // out[i, c] (+)= a[i] . row (slice.row0 + c) of matrix `index`, c < slice.n_rows.

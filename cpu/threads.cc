@@ -188,12 +188,21 @@ int ThreadPool::node_here() const noexcept {
 
 void ThreadPool::take_from(Queue& queue, int worker) noexcept {
   for (;;) {
-    const int64_t i = queue.next.fetch_add(1, std::memory_order_relaxed);
-    if (i >= queue.n_tasks) return;
-    const int64_t task =
-        n_queues_ == 1 ? i : i / queue.width * n_slices_ + queue.first + i % queue.width;
-    fn_(context_, task, worker);
-    if (own_only_ && n_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) n_left_.notify_all();
+    int64_t n = 1;
+    if (hand_ == Hand::kRuns) {
+      const int64_t left = queue.n_tasks - queue.next.load(std::memory_order_relaxed);
+      n = std::max<int64_t>(1, left / (2 * size_));
+    }
+    const int64_t begin = queue.next.fetch_add(n, std::memory_order_relaxed);
+    const int64_t end = std::min(begin + n, queue.n_tasks);
+    if (begin >= end) return;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t task =
+          n_queues_ == 1 ? i : i / queue.width * n_slices_ + queue.first + i % queue.width;
+      fn_(context_, task, worker);
+    }
+    if (own_only_ && n_left_.fetch_sub(end - begin, std::memory_order_acq_rel) == end - begin)
+      n_left_.notify_all();
   }
 }
 
@@ -210,7 +219,8 @@ void ThreadPool::take_tasks(int worker) noexcept {
   std::tie(t_pool, t_worker) = outer;
 }
 
-void ThreadPool::run(int64_t n_tasks, const NodeCut* cut, TaskFn fn, void* context) noexcept {
+void ThreadPool::run(int64_t n_tasks, const NodeCut* cut, Hand hand, TaskFn fn,
+                     void* context) noexcept {
   if (n_tasks <= 0) return;
   if (t_pool == this) {  // inside a task: the other threads are busy with the outer call
     for (int64_t task = 0; task < n_tasks; ++task) fn(context, task, t_worker);
@@ -221,6 +231,7 @@ void ThreadPool::run(int64_t n_tasks, const NodeCut* cut, TaskFn fn, void* conte
 
   fn_ = fn;
   context_ = context;
+  hand_ = hand;
   n_queues_ = cut != nullptr ? n_nodes_ : 1;
   own_only_ = n_queues_ > 1 && cut->own_threads_only && getpid() == process_;
   first_queue_ = n_queues_ == 1 ? 0 : own_only_ ? caller_node_ : node_here();

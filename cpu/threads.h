@@ -33,6 +33,12 @@ struct NodeCut {
   bool own_threads_only = false;
 };
 
+// How tasks are handed out: one at a time, or in runs, for tasks of equal length that read on where
+// the one before ended.  A free thread takes that part of the tasks left which it would have if the
+// first half of them were divided among all: runs are long at first, and short when it matters that
+// all end together.
+enum class Hand : uint8_t { kOneByOne, kRuns };
+
 // Threads for each node with so many processors: in proportion to them, one at least where there
 // are as many threads as nodes; the sum is n_threads.
 std::vector<int> divide_threads(int n_threads, std::span<const NumaNode> nodes);
@@ -71,15 +77,16 @@ class ThreadPool {
   // Calls fn(task, worker) once for each task in [0, n_tasks), 0 <= worker < size().  fn must not
   // throw.  All that fn wrote is visible to the caller afterwards.
   template <class F>
-  void parallel_for(int64_t n_tasks, F&& fn) noexcept {
-    run(n_tasks, nullptr, &call<std::remove_reference_t<F>>,
+  void parallel_for(int64_t n_tasks, F&& fn, Hand hand = Hand::kOneByOne) noexcept {
+    run(n_tasks, nullptr, hand, &call<std::remove_reference_t<F>>,
         const_cast<void*>(static_cast<const void*>(&fn)));
   }
   // The same, where the tasks of each node are its threads' first.  n_tasks is a multiple of
   // cut.n_slices, and the cut is one over n_nodes() nodes.
   template <class F>
-  void parallel_for(int64_t n_tasks, const NodeCut& cut, F&& fn) noexcept {
-    run(n_tasks, &cut, &call<std::remove_reference_t<F>>,
+  void parallel_for(int64_t n_tasks, const NodeCut& cut, F&& fn,
+                    Hand hand = Hand::kOneByOne) noexcept {
+    run(n_tasks, &cut, hand, &call<std::remove_reference_t<F>>,
         const_cast<void*>(static_cast<const void*>(&fn)));
   }
 
@@ -94,7 +101,7 @@ class ThreadPool {
   }
 
   ThreadPool(int n_threads, int n_nodes, NumaSystem& system) noexcept;
-  void run(int64_t n_tasks, const NodeCut* cut, TaskFn fn, void* context) noexcept;
+  void run(int64_t n_tasks, const NodeCut* cut, Hand hand, TaskFn fn, void* context) noexcept;
   void take_tasks(int worker) noexcept;
   void take_from(Queue& queue, int worker) noexcept;
   int node_here() const noexcept;
@@ -118,6 +125,7 @@ class ThreadPool {
   int64_t n_slices_ = 0;
   int n_queues_ = 0;  // 1, or n_nodes_ for a call that is cut
   bool own_only_ = false;
+  Hand hand_ = Hand::kOneByOne;
   int first_queue_ = 0;                         // of the caller
   alignas(64) std::atomic<int64_t> n_left_{0};  // tasks not done, where own_only_
   // kOpen while tasks may be taken, plus the number of workers inside the call.

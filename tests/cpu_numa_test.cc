@@ -223,19 +223,21 @@ TEST_CASE("every task of a cut call runs once, whichever nodes have threads", "[
       for (const bool own : {false, true})
         for (const int64_t groups : {1, 2, 5, 40})
           for (const int64_t n_outer : {1, 3}) {
+            const Hand hand = n_outer == 1 ? Hand::kRuns : Hand::kOneByOne;
             INFO(sizes.size() << " nodes, " << n_threads << " threads, " << groups << " groups");
             NodeCut cut = slice_cut(shares, groups, 1);
             cut.own_threads_only = own;
             std::vector<std::atomic<int>> runs(static_cast<size_t>(groups * n_outer));
             std::atomic<int> strangers{0};
             system.cpu = static_cast<int>(groups) % 3;
-            pool.parallel_for(groups * n_outer, cut, [&](int64_t task, int worker) {
+            const auto run = [&](int64_t task, int worker) {
               ++runs[static_cast<size_t>(task)];
               int node = 0;
               while (task % groups >= cut.first[node + 1]) ++node;
               if (worker > 0 && pool.node_of(worker) != node) ++strangers;
-            });
-            for (const auto& run : runs) REQUIRE(run == 1);
+            };
+            pool.parallel_for(groups * n_outer, cut, run, hand);
+            for (const auto& times : runs) REQUIRE(times == 1);
             if (own) CHECK(strangers == 0);
           }
       int64_t total = 0;  // a plain call of the same pool

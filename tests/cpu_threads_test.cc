@@ -6,6 +6,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <catch2/catch.hpp>
 #include <chrono>
 #include <cstdlib>
@@ -56,16 +57,44 @@ TEST_CASE("every task runs exactly once, on a worker of the pool") {
     auto pool = make_pool(n_threads);
     CHECK(pool->size() == n_threads);
     for (const int64_t n_tasks : {0, 1, 2, 7, 1000}) {
-      std::vector<std::atomic<int>> runs(static_cast<size_t>(n_tasks));
-      std::atomic<bool> worker_ok{true};
-      pool->parallel_for(n_tasks, [&](int64_t task, int worker) {
-        ++runs[static_cast<size_t>(task)];
-        if (worker < 0 || worker >= n_threads) worker_ok = false;
-      });
-      CHECK(worker_ok);
-      for (const auto& n : runs) CHECK(n == 1);
+      for (const cpu::Hand hand : {cpu::Hand::kOneByOne, cpu::Hand::kRuns}) {
+        std::vector<std::atomic<int>> runs(static_cast<size_t>(n_tasks));
+        std::atomic<bool> worker_ok{true};
+        const auto task = [&](int64_t task, int worker) {
+          ++runs[static_cast<size_t>(task)];
+          if (worker < 0 || worker >= n_threads) worker_ok = false;
+        };
+        pool->parallel_for(n_tasks, task, hand);
+        CHECK(worker_ok);
+        for (const auto& n : runs) CHECK(n == 1);
+      }
     }
   }
+}
+
+TEST_CASE("in runs, a thread takes half of its share of what is left") {
+  // One thread takes 3, 2, 1, 1 of 7, in order.
+  auto pool = make_pool(1);
+  std::vector<int64_t> order;
+  pool->parallel_for(
+      7, [&](int64_t task, int) { order.push_back(task); }, cpu::Hand::kRuns);
+  CHECK(order == std::vector<int64_t>{0, 1, 2, 3, 4, 5, 6});
+
+  // With two, one of them held up in its first run, the other does everything else.
+  pool = make_pool(2);
+  std::array<std::atomic<int>, 64> by{};
+  std::atomic<bool> other_began{false};
+  pool->parallel_for(
+      64,
+      [&](int64_t task, int worker) {
+        by[static_cast<size_t>(task)] = worker + 1;
+        if (task == 0)
+          while (!other_began) std::this_thread::yield();
+        if (task == 63) other_began = true;
+      },
+      cpu::Hand::kRuns);
+  for (int i = 0; i < 16; ++i) CHECK(by[static_cast<size_t>(i)] == by[0]);
+  for (int i = 16; i < 64; ++i) CHECK(by[static_cast<size_t>(i)] == 3 - by[0]);
 }
 
 TEST_CASE("a worker number is never used by two tasks at once") {
