@@ -1,7 +1,7 @@
 """Texts of the third training: owners, each with a note of where its answer stands.
 
-usage: owner_corpus.py DATA tight|dense|text|check TOKENS SEED | long T TOKENS SEED | general TOKENS SEED REAL
--> DATA/owner_{tight,dense,text,check,T}.npz: ids, weights (x 50), facts, questions (positions in ids; see annotate);
+usage: owner_corpus.py DATA tight|dense|alike|text|check TOKENS SEED | long T TOKENS SEED | general TOKENS SEED REAL
+-> DATA/owner_{tight,dense,alike,text,check,T}.npz: ids, weights (x 50), facts, questions (positions in ids; see annotate);
 general: DATA/shortSEED.ids, the mixture of the first training with REAL percent of real documents.
 
 A question about an owner is the only one whose answer does not begin with its key: the model has to carry
@@ -20,10 +20,18 @@ from words import *
 
 # FACT 3 STOP: fact 3 ends here;  ASKED 3 STOP: after its answer;  KEY: after the key in a question
 FACT, ASKED, STOP, KEY = "\x06", "\x0e", "\x07", "\x08"
+ALIKE = 0.5  # share of the longer texts in which names begin alike
 
 
-def owner(w, used, facts):
-    """statement, question, answer; the fact's words are appended to `facts`"""
+def begin_alike(r):
+    """names of which the first token says little: one or two onsets for all of a document"""
+    onsets = r.sample(C.ON, r.choice((1, 1, 2)))
+    rest = lambda: r.choice(C.VO) + (r.choice(C.CO) if r.random() < 0.5 else "")
+    return lambda: C.cap(r.choice(onsets) + rest() + (r.choice(C.ON) + rest() if r.random() < 0.67 else ""))
+
+
+def owner(w, used, facts, name=None):
+    """statement, question, answer; the fact's words are appended to `facts`.  name: makes the owner's"""
     r = w.r
     while True:
         adj, obj = r.choice(COLOURS + MATERIALS + ADJS), r.choice(OBJECTS)
@@ -31,7 +39,7 @@ def owner(w, used, facts):
         if key not in used:
             used.add(key)
             break
-    p = r.choice(NAMES) if r.random() < 0.6 else C.newname(r)
+    p = name() if name else r.choice(NAMES) if r.random() < 0.6 else C.newname(r)
     i = len(facts)
     facts.append((p, adj, obj))
     end = f"{FACT}{i}{STOP}"
@@ -62,6 +70,17 @@ def dense_doc(r):
     return C.qa_turns([q[1:] for q in qs], r, " ".join(body)), facts
 
 
+def alike_doc(r):
+    """owners whose names begin alike, so that only the key tells the second token, as in a long text"""
+    w, used, facts, name = C.World(r), set(), [], begin_alike(r)
+    qs = [owner(w, used, facts, name) for _ in range(r.randint(3, 8))]
+    body = [q[0] for q in qs]
+    for _ in range(r.choice((0, 0, 0, 1, 2))):
+        body.insert(r.randint(0, len(body)), w.event())
+    r.shuffle(qs)
+    return C.qa_turns([q[1:] for q in qs], r, " ".join(body)), facts
+
+
 def tight_doc(r):
     """owners and questions about them, nothing else: fits a row of 128 tokens"""
     w, used, facts = C.World(r), set(), []
@@ -74,11 +93,12 @@ def text_doc(r, chars, n_facts, n_questions):
     """owners and, in half of the texts, facts of other kinds, spread over paragraphs"""
     w, used, facts, qs = C.World(r), set(), [], []
     others = r.random() < 0.5
+    name = begin_alike(r) if r.random() < ALIKE else None
     for _ in range(n_facts):
         if others and r.random() < 0.5:
             qs.append(C.make_fact(w, r.choice((None, "code", "pet", "where", "home")), used)[:3])
         else:
-            qs.append(owner(w, used, facts))
+            qs.append(owner(w, used, facts, name))
     asked = r.sample(qs, min(n_questions, len(qs)))
     room = chars - sum(len(q[0]) for q in qs) - sum(len(q[1]) + len(q[2]) + 24 for q in asked)
     paras = []
@@ -151,6 +171,7 @@ def write(d, name, docs):
 DOC = {
     "tight": tight_doc,
     "dense": dense_doc,
+    "alike": alike_doc,
     "check": dense_doc,  # what owner_train.py measures on
     "text": lambda r: text_doc(r, r.randint(300, 1700), r.randint(1, 6), 6),
 }

@@ -70,7 +70,7 @@ class Pools:
 
     def row(s, T, owner):
         if owner:
-            name = str(T) if T > 512 else "tight" if T < 256 else "dense" if s.rng.random() < 0.5 else "text"
+            name = str(T) if T > 512 else s.rng.choice(("alike", "tight") if T < 256 else ("alike", "dense", "text"))
             return s.get(name, lambda: Owners(s.d, name, s.rng)).row(T)
         make = lambda: (
             continue_train.Rows(s.d, T)
