@@ -162,7 +162,7 @@ void int8_product(const Int8Product& p) {
         PackedValue value{};
         for (int k = 0; k < 16; ++k) {
           value = kRead(block, row, static_cast<int>(col % kCols) + k);
-          const int q = xb.q[col % 32 + k];
+          const int8_t q = xb.q[col % 32 + k];
           dot += value.code * q;
           x_sum += q;
         }

@@ -82,8 +82,9 @@ void route_token(const RouteParams& p, int64_t token) noexcept {
     const int64_t expert = best_free(choice, taken, p.n_experts);
     taken[expert] = true;
     ids[i] = static_cast<int32_t>(expert);
-    weights[i] = probability[expert];
-    sum += probability[expert];
+    // Written by score_experts(), which the analyser does not follow.
+    weights[i] = probability[expert];  // NOLINT(clang-analyzer-core.uninitialized.Assign)
+    sum += weights[i];
   }
   // 1e-20 as in the published code: all probabilities may be zero.
   const double factor =
