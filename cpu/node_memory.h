@@ -48,8 +48,8 @@ NumaSystem& kernel_numa() noexcept;
 class NodeShares {
  public:
   NodeShares() noexcept = default;  // one node
-  explicit NodeShares(
-      std::span<const NumaNode> nodes) noexcept;  // at most kMaxNodes, with processors
+  // At most kMaxNodes, each with processors.
+  explicit NodeShares(std::span<const NumaNode> nodes) noexcept;
 
   int n_nodes() const noexcept { return n_nodes_; }
   // Node i has [begin(n, i), begin(n, i + 1)) of n.

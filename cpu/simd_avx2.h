@@ -210,22 +210,15 @@ inline B b_zero() {
 inline void b_store(void* p, B v) {
   _mm256_storeu_si256(static_cast<B*>(p), v);
 }
-// Each byte shifted right by kShift, left where it is below 0; its neighbours' bits come in.
-template <int kShift>
-inline B b_shift(B v) {
-  if constexpr (kShift > 0) return _mm256_srli_epi16(v, kShift);
-  if constexpr (kShift < 0) return _mm256_slli_epi16(v, -kShift);
-  return v;
-}
-// The bits of kMask of each byte so shifted; kMask must not ask for a neighbour's.
+// The bits of kMask of each byte shifted right by kShift, and `codes` with them: those of scales
+// have vectors of the same length.
 template <int kShift, int kMask>
 inline B b_bits(B v) {
-  return _mm256_and_si256(b_shift<kShift>(v), _mm256_set1_epi8(kMask));
+  return s_bits<kShift, kMask>(v);
 }
-// codes | b_bits(v)
 template <int kShift, int kMask>
 inline B b_or_bits(B codes, B v) {
-  return _mm256_or_si256(codes, b_bits<kShift, kMask>(v));
+  return s_or_bits<kShift, kMask>(codes, v);
 }
 inline B b_quad(const int8_t* x) {
   int32_t quad;

@@ -26,8 +26,8 @@ namespace fathom::cpu {
 // Tasks that come in rows of `n_slices`, each row cut over the nodes in the same way.
 struct NodeCut {
   int64_t n_slices = 0;
-  int64_t
-      first[kMaxNodes + 1];  // task t is node i's where t % n_slices in [first[i], first[i + 1])
+  // Task t is node i's where t % n_slices in [first[i], first[i + 1]).
+  int64_t first[kMaxNodes + 1];
   // Nobody but the node's own threads: for work that decides where memory lies.  Takes longer when
   // the system keeps these threads waiting.
   bool own_threads_only = false;
@@ -68,8 +68,8 @@ class ThreadPool {
 
   int size() const noexcept { return size_; }
   int n_nodes() const noexcept { return n_nodes_; }  // 1 without nodes
-  int node_of(
-      int worker) const noexcept;  // index of its node; the caller's is the one it is booked on
+  // Index of a worker's node; the caller's is the one it is booked on.
+  int node_of(int worker) const noexcept;
   int bind_error() const noexcept { return bind_error_; }  // of the first refusal, as errno; else 0
   // Memory kept for life: the stacks and what belongs to them.
   int64_t runtime_bytes() const noexcept;

@@ -73,7 +73,7 @@ TEST_CASE("every task runs exactly once, on a worker of the pool") {
 }
 
 TEST_CASE("in runs, a thread takes half of its share of what is left") {
-  // One thread takes 3, 2, 1, 1 of 7, in order.
+  // One thread takes all of them, in order.
   auto pool = make_pool(1);
   std::vector<int64_t> order;
   pool->parallel_for(
