@@ -108,6 +108,23 @@ TEST_CASE("a model goes from placement to placement with the same bits", "[repla
   }
 }
 
+TEST_CASE("a refusal names the budget that binds, also below what is held", "[replan]") {
+  run::Ledger ledger({{"cpu:0", 100, true}, {"cpu:1", 100, true}}, 150, {});
+  const auto refused = [&](int device) {
+    const Status status = ledger.acquire(device, Purpose::kKv, 70);
+    CHECK(status.code() == Code::kBudget);
+    return std::string(status.message());
+  };
+  test::require_ok(ledger.acquire(0, Purpose::kKv, 90));
+  CHECK(refused(0) == "cpu:0: kv needs 70 bytes more, 10 of the budget of 100 bytes are free");
+  CHECK(refused(1) == "cpu:1: kv needs 70 bytes more, 60 of the host budget of 150 bytes are free");
+  ledger.set_budget(0, 40);
+  const std::string over = "cpu:0: kv needs 70 bytes more, 0 of the budget of 40 bytes are free";
+  CHECK(refused(0) == over);
+  const run::Ledger::Exchange exchange(ledger);
+  CHECK(refused(0) == over);
+}
+
 TEST_CASE("a device whose budget was lowered hands parts to others", "[replan]") {
   const test::Settings common{{"context.max", "600"}, {"prefill.chunk", "32"}, {"threads", "1"}};
   const Model one = test::load_model(kTrained, common);

@@ -24,7 +24,9 @@ Status Ledger::acquire(int device, Purpose purpose, int64_t bytes) {
   Account& account = accounts_[static_cast<size_t>(device)];
   const int64_t left = available_locked(account);
   if (bytes > left) {
-    const bool own = account.device.budget_bytes - account.total.now == left;
+    const int64_t own_left =
+        std::max(account.device.budget_bytes, account.exchange) - account.total.now;
+    const bool own = std::max<int64_t>(own_left, 0) == left;
     return Status(Code::kBudget,
                   fmt::format("{}: {} needs {} bytes more, {} of the {}budget of {} bytes are free",
                               account.device.name, purpose_name(purpose), bytes, left,

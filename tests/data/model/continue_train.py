@@ -22,11 +22,12 @@ def load_hf(path):
     if path.endswith(".gguf"):
         import to_gguf
 
-        t = to_gguf.read_back(path, json.load(open(os.path.dirname(path) + "/model/config.json")))
+        file, path = path, os.path.dirname(path) + "/model"
+        t = to_gguf.read_back(file, json.load(open(path + "/config.json")))
     else:
         t = stio.read(path + "/model.safetensors")
     t = {k: torch.from_numpy(np.array(v, np.float32)) for k, v in t.items()}
-    m = M.Model()
+    m = M.Model(dict(M.CFG, layers=json.load(open(path + "/config.json"))["num_hidden_layers"]))
     sd = {}
     for k, v in m.state_dict().items():
         p = k if k.startswith("lm_head") else "model." + k

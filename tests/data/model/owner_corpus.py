@@ -20,7 +20,8 @@ from words import *
 
 # FACT 3 STOP: fact 3 ends here;  ASKED 3 STOP: after its answer;  KEY: after the key in a question
 FACT, ASKED, STOP, KEY = "\x06", "\x0e", "\x07", "\x08"
-ALIKE = 0.5  # share of the longer texts in which names begin alike
+AS_IN = 0.7  # share of the longer texts in which owners' names begin as those of the story around them
+ALIKE = 0.5  # share of the others of the longer texts in which names begin alike
 
 
 def begin_alike(r):
@@ -28,6 +29,23 @@ def begin_alike(r):
     onsets = r.sample(C.ON, r.choice((1, 1, 2)))
     rest = lambda: r.choice(C.VO) + (r.choice(C.CO) if r.random() < 0.5 else "")
     return lambda: C.cap(r.choice(onsets) + rest() + (r.choice(C.ON) + rest() if r.random() < 0.67 else ""))
+
+
+def begin_as_in(r, text):
+    """names of owners in a text, half of which begin as a name that the text is full of"""
+    names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text)
+    rest = lambda: r.choice(C.VO) + (r.choice(C.CO) if r.random() < 0.5 else "")
+
+    def name():
+        c = r.random()
+        if c < 0.4 or not names:
+            return r.choice(NAMES)
+        if c < 0.55:
+            return C.newname(r)
+        onset = re.match("[^aeiou]*", r.choice(names).lower())[0]
+        return C.cap(onset + rest() + (r.choice(C.ON) + rest() if r.random() < 0.6 else ""))
+
+    return name
 
 
 def owner(w, used, facts, name=None):
@@ -93,7 +111,10 @@ def text_doc(r, chars, n_facts, n_questions):
     """owners and, in half of the texts, facts of other kinds, spread over paragraphs"""
     w, used, facts, qs = C.World(r), set(), [], []
     others = r.random() < 0.5
-    name = begin_alike(r) if r.random() < ALIKE else None
+    paras = []
+    while sum(map(len, paras)) < max(60, chars):
+        paras += C.filler(w, 1500) if r.random() < 0.8 else D.quest(r)[3].split("\n\n")
+    name = begin_as_in(r, " ".join(paras)) if r.random() < AS_IN else begin_alike(r) if r.random() < ALIKE else None
     for _ in range(n_facts):
         if others and r.random() < 0.5:
             qs.append(C.make_fact(w, r.choice((None, "code", "pet", "where", "home")), used)[:3])
@@ -101,9 +122,6 @@ def text_doc(r, chars, n_facts, n_questions):
             qs.append(owner(w, used, facts, name))
     asked = r.sample(qs, min(n_questions, len(qs)))
     room = chars - sum(len(q[0]) for q in qs) - sum(len(q[1]) + len(q[2]) + 24 for q in asked)
-    paras = []
-    while sum(map(len, paras)) < max(60, room):
-        paras += C.filler(w, 1500) if r.random() < 0.8 else D.quest(r)[3].split("\n\n")
     while len(paras) > 1 and sum(map(len, paras[:-1])) > room:
         paras.pop()
     return (
