@@ -1,10 +1,11 @@
 """The fourth training: a layer more.
 
-usage: grow_train.py DATA OUT INIT PHASE...      INIT: what to grow (HF folder, or a checkpoint of owner_train.py),
+usage: LAYERS=5 grow_train.py DATA OUT INIT PHASE...      INIT: what to grow (HF folder, or a checkpoint of owner_train.py),
                                                  or a checkpoint of this script
 PHASE, and its two learning rates, as in owner_train.py; RANK of RANKS processes, which share their gradients.
 OLD: the share of the learning rate with which the other layers learn, with the rewards of owner_train.py; 0: not at
-all.  ASKED: weight of the values of facts that are not owners, in answers.  TEACHER: as in owner_train.py.
+all.  ASKED: weight of the values of facts that are not owners, in answers; above 3 they are not the teacher's to
+say.  TEACHER: as in owner_train.py.  LAYERS (model.py): of the grown model.
 
 The new layer begins as a copy of the last whose outputs are zero, so that the model says what it said.  Why one is
 needed: in a long text the heads of the last layer that look for the fact's end find it (share of their attention
@@ -31,6 +32,8 @@ LAST = M.CFG["layers"] - 1
 
 def grow(m):
     """a model of CFG's layers that says what `m` says, which has one less"""
+    if len(m.layers) != LAST:
+        sys.exit(f"INIT has {len(m.layers)} layers: LAYERS={LAST + 1} grows one of {LAST}")
     state, new = m.state_dict(), M.Model().state_dict()
     for k in new:
         if k.startswith(f"layers.{LAST}."):
@@ -62,12 +65,8 @@ def aux_loss(m, x, notes, lengths, T):
 
 def evaluate(m, data, rows):
     M.FAST[0] = False
-    out = {}
     with torch.no_grad():
-        for nm in ("syn", "real"):
-            x = np.fromfile(f"{data}/natural.{nm}", np.uint16)[: 15 * 513].astype(np.int64).reshape(15, 513)
-            x = torch.from_numpy(x)
-            out["nll_" + nm] = round(m(x[:, :-1], x[:, 1:], torch.ones(15, 512))[2].mean().item(), 4)
+        out = O.natural_loss(m, data)
         for kind, prompts in rows.items():
             hits = [m(torch.tensor([i + a[:-1]]), last=len(a)).argmax(-1)[0].tolist() == a for i, a in prompts]
             out[kind] = f"{sum(hits)}/{len(hits)}"
@@ -141,52 +140,30 @@ def main(data, out, init, *phases):
         report(start=init, seed=seed)
     step = tokens = 0
     for spec in phases:
-        minutes, l0, l1, aux, owners, answer, mix = spec.split(":")
-        minutes, l0, l1, aux, owners, answer = map(float, (minutes, l0, l1, aux, owners, answer))
-        mix = [(int(a.split("*")[0]), float(a.split("*")[1])) for a in mix.split(",")]
-        done, seen = {T: 0 for T, _ in mix}, {}
-        spent = since = owed = 0.0
-        while spent < minutes * 60:
+        phase, seen = O.Phase(spec), {}
+        spent = since = 0.0
+        while spent < phase.minutes * 60:
             begin = time.time()
-            T = min(mix, key=lambda a: done[a[0]] / a[1])[0]
-            N = max(int(os.environ.get("N", 8192)), T)
-            done[T] += N
-            owed += owners * (N // T)
-            n_owners = int(owed + 0.5)
-            owed -= n_owners
-            rows = [pools.row(T, i < n_owners) for i in range(N // T)]
-            notes = [r[2:] for r in rows]
-            x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
-            w = torch.from_numpy(np.stack([r[1] for r in rows]).astype(np.float32) / 50)
-            w[w == 3] = float(os.environ.get("ASKED", 3))  # values of the other kinds
+            T, rows, n_owners = phase.rows(pools, int(os.environ.get("N", 8192)))
+            x, w, notes, lengths = O.tensors(rows, phase.answer, has, float(os.environ.get("ASKED", 3)))
             q, q_row = O.gather(notes)[2:]
-            lengths = O.name_lengths(x, notes, has) if len(q) else None
-            for k in range(int(lengths[1].max()) if len(q) else 0):
-                long = (lengths[1] > k) & (q[:, 0] + 1 + k <= T)
-                w[q_row[long], q[long, 0] + 1 + k] = answer
-            rate = min(1, (step + 1) / 20) * (l0 + (l1 - l0) * spent / minutes / 60)
+            rate = min(1, (step + 1) / 20) * phase.rate(spent)
             for g in o1.param_groups + o2.param_groups:
                 g["lr"] = g["initial_lr"] * rate
             known = None
             if teacher and n_owners < len(rows):
                 with torch.no_grad():
                     known = teacher(x[n_owners:, :-1]).flatten(0, 1)
-                    asked = w[n_owners:, 1:].flatten() > 3  # values are not the teacher's to say
+                    asked = w[n_owners:, 1:].flatten() > 3
                     known[asked] = 40 * F.one_hot(x[n_owners:, 1:].flatten()[asked], known.shape[-1]).to(known.dtype)
             h, balance = m(x[:, :-1], hidden=True)
-            loss, each = 0.01 * balance, []
-            first, last = slice(n_owners), slice(n_owners, None)
-            for part, share, probabilities in ((first, owners, None), (last, 1 - owners, known)):
-                if len(x[part]):
-                    at, to, weight = h.view(len(x), T, -1)[part], x[part, 1:], w[part, 1:]
-                    l, e = M.HeadCE.apply(at.flatten(0, 1), m.lm_head.weight, to.flatten(), weight.flatten(), probabilities)
-                    loss = loss + l * (share if 0 < n_owners < len(x) else 1)
-                    each.append(e)
-            extra, parts = aux_loss(m, x, notes, lengths, T) if aux and len(q) else (0.0, {})
-            if aux and old and len(q):
+            loss, each = O.token_loss(m, h.view(len(x), T, -1), x, w, n_owners, phase.owners, known)
+            loss = loss + 0.01 * balance
+            extra, parts = aux_loss(m, x, notes, lengths, T) if phase.aux and len(q) else (0.0, {})
+            if phase.aux and old and len(q):
                 below, of_below = O.aux_loss(m, readers, x, notes, lengths, T)
                 extra, parts = extra + below, of_below | parts
-            (loss + aux * extra).backward()
+            (loss + phase.aux * extra).backward()
             if ranks > 1:
                 flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
                 torch.distributed.all_reduce(flat)
@@ -198,8 +175,7 @@ def main(data, out, init, *phases):
             m.zero_grad(set_to_none=True)
             readers.zero_grad(set_to_none=True)
             step += 1
-            tokens += N * ranks
-            each = torch.cat(each).view(len(rows), T)
+            tokens += x[:, 1:].numel() * ranks
             parts |= {f"owners{T}": each[:n_owners].mean().item(), f"others{T}": each[n_owners:].mean().item()}
             if len(q):
                 parts[f"who{T}"] = each[q_row, q[:, 0]].mean().item()
@@ -217,7 +193,7 @@ def main(data, out, init, *phases):
             if step % 10 == 0 and rank == 0:
                 last = {k: round(float(np.mean(v[-10:])), 3) for k, v in seen.items()}
                 print(f"{step} {spent:.0f}s", last, f"lr {rate:.3f} tokens {tokens}", flush=True)
-            if since > float(os.environ.get("EVERY", 600)) or spent >= minutes * 60:
+            if since > float(os.environ.get("EVERY", 600)) or spent >= phase.minutes * 60:
                 since = 0.0
                 last = {k: round(float(np.mean(v[-40:])), 3) for k, v in seen.items()}
                 report(step=step, sec=round(spent), tokens=tokens, phase=spec, loss=last)

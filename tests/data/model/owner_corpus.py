@@ -32,7 +32,7 @@ def begin_alike(r):
 
 
 def begin_as_in(r, text):
-    """names of owners in a text, half of which begin as a name that the text is full of"""
+    """names of owners in a text, 45 % of which begin as a name that the text is full of"""
     names = re.findall(r"(?<=[a-z,] )[A-Z][a-z]+", text)
     rest = lambda: r.choice(C.VO) + (r.choice(C.CO) if r.random() < 0.5 else "")
 

@@ -80,6 +80,60 @@ class Pools:
         return *s.get(("general", T > 512 and T), make).row(T), *NO_NOTES
 
 
+class Phase:
+    """minutes:lr_begin:lr_end:aux:owners:answer:mix, and how far it has come"""
+
+    def __init__(s, spec):
+        *numbers, mix = spec.split(":")
+        s.minutes, s.lr_begin, s.lr_end, s.aux, s.owners, s.answer = map(float, numbers)
+        s.mix = [(int(a.split("*")[0]), float(a.split("*")[1])) for a in mix.split(",")]
+        s.done, s.owed = {T: 0 for T, _ in s.mix}, 0.0
+
+    def rate(s, seconds):
+        return s.lr_begin + (s.lr_end - s.lr_begin) * seconds / s.minutes / 60
+
+    def rows(s, pools, n_tokens):
+        """the next step's: their length, rows, how many of them, the first, are about owners"""
+        T = min(s.mix, key=lambda a: s.done[a[0]] / a[1])[0]  # the length furthest behind its share
+        n = max(1, n_tokens // T)
+        s.done[T] += max(n_tokens, T)
+        s.owed += s.owners * n
+        n_owners = int(s.owed + 0.5)
+        s.owed -= n_owners
+        return T, [pools.row(T, i < n_owners) for i in range(n)], n_owners
+
+
+def tensors(rows, answer, has, asked=3.0):
+    """ids, weights, notes, and the lengths of names.  answer: weight of an owner's name in an answer; asked: of
+    the values of other facts, which the texts give 3"""
+    notes = [r[2:] for r in rows]
+    x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
+    w = torch.from_numpy(np.stack([r[1] for r in rows]).astype(np.float32) / 50)
+    w[w == 3] = asked
+    q, q_row = gather(notes)[2:]
+    lengths = name_lengths(x, notes, has) if len(q) else None
+    for k in range(int(lengths[1].max()) if len(q) else 0):
+        long = (lengths[1] > k) & (q[:, 0] + 1 + k < x.shape[1])
+        w[q_row[long], q[long, 0] + 1 + k] = answer
+    return x, w, notes, lengths
+
+
+def token_loss(m, h, x, w, n_owners, owners, known):
+    """h: what lm_head reads, [rows, T, dim]; owners: the share that the first n_owners rows have of the loss;
+    known: None, or a teacher's logits for the others.  -> loss, and the loss of each token [rows, T]"""
+    loss, each = 0.0, []
+    first, last = slice(n_owners), slice(n_owners, None)
+    for part, share, logits in ((first, owners, None), (last, 1 - owners, known)):
+        if len(x[part]):
+            at, to, weight = h[part], x[part, 1:], w[part, 1:]
+            l, e = M.HeadCE.apply(
+                at.flatten(0, 1), m.lm_head.weight, to.flatten(), weight.flatten(), logits
+            )
+            loss = loss + l * (share if 0 < n_owners < len(x) else 1)
+            each.append(e)
+    return loss, torch.cat(each).view(h.shape[:2])
+
+
 class Readers(torch.nn.Module):
     """what the residual stream says of a name, an adjective, an object"""
 
@@ -182,15 +236,21 @@ def aux_loss(m, readers, x, notes, lengths, T):
     return name + said + 0.5 * (key["adj"] + key["obj"]) + carry + fetch + look + more, parts | of_more
 
 
+def natural_loss(m, data):
+    """mean loss of held-out text, generated and real, in rows of 512"""
+    out = {}
+    for nm in ("syn", "real"):
+        x = np.fromfile(f"{data}/natural.{nm}", np.uint16)[: 15 * 513].astype(np.int64).reshape(15, 513)
+        x = torch.from_numpy(x)
+        out["nll_" + nm] = round(m(x[:, :-1], x[:, 1:], torch.ones(15, 512))[2].mean().item(), 4)
+    return out
+
+
 def evaluate(m, data, checks, enc):
     """held-out loss; of owners asked for, the share whose first token is right, by the order of the fact"""
     M.FAST[0] = False
-    out = {}
     with torch.no_grad():
-        for nm in ("syn", "real"):
-            x = np.fromfile(f"{data}/natural.{nm}", np.uint16)[: 15 * 513].astype(np.int64).reshape(15, 513)
-            x = torch.from_numpy(x)
-            out["nll_" + nm] = round(m(x[:, :-1], x[:, 1:], torch.ones(15, 512))[2].mean().item(), 4)
+        out = natural_loss(m, data)
         for name, T, rows in checks:
             x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
             _, _, q, q_row = gather([r[2:] for r in rows])
@@ -260,29 +320,14 @@ def main(data, out, init, *phases):
         report(start=init, seed=seed)
     step = tokens = 0
     for spec in phases:
-        minutes, l0, l1, aux, owners, answer, mix = spec.split(":")
-        minutes, l0, l1, aux, owners, answer = map(float, (minutes, l0, l1, aux, owners, answer))
-        mix = [(int(a.split("*")[0]), float(a.split("*")[1])) for a in mix.split(",")]
-        done, seen = {T: 0 for T, _ in mix}, {}
-        spent = since = owed = 0.0
-        while spent < minutes * 60:
+        phase, seen = Phase(spec), {}
+        spent = since = 0.0
+        while spent < phase.minutes * 60:
             begin = time.time()
-            T = min(mix, key=lambda a: done[a[0]] / a[1])[0]  # the length furthest behind its share
-            N = max(int(os.environ.get("N", 4096)), T)
-            done[T] += N
-            owed += owners * (N // T)
-            n_owners = int(owed + 0.5)
-            owed -= n_owners
-            rows = [pools.row(T, i < n_owners) for i in range(N // T)]
-            notes = [r[2:] for r in rows]
-            x = torch.from_numpy(np.stack([r[0] for r in rows]).astype(np.int64))
-            w = torch.from_numpy(np.stack([r[1] for r in rows]).astype(np.float32) / 50)
+            T, rows, n_owners = phase.rows(pools, int(os.environ.get("N", 4096)))
+            x, w, notes, lengths = tensors(rows, phase.answer, has)
             q, q_row = gather(notes)[2:]
-            lengths = name_lengths(x, notes, has) if len(q) else None
-            for k in range(int(lengths[1].max()) if len(q) else 0):
-                long = (lengths[1] > k) & (q[:, 0] + 1 + k <= T)
-                w[q_row[long], q[long, 0] + 1 + k] = answer
-            rate = min(1, (step + 1) / 20) * (l0 + (l1 - l0) * spent / minutes / 60)
+            rate = min(1, (step + 1) / 20) * phase.rate(spent)
             for g in o1.param_groups + o2.param_groups:
                 g["lr"] = g["initial_lr"] * rate
             known = None
@@ -290,18 +335,10 @@ def main(data, out, init, *phases):
                 with torch.no_grad():
                     known = teacher(x[n_owners:, :-1]).flatten(0, 1)
             h, balance = m(x[:, :-1], hidden=True)
-            loss, each = 0.01 * balance, []
-            first, last = slice(n_owners), slice(n_owners, None)
-            for part, share, probabilities in ((first, owners, None), (last, 1 - owners, known)):
-                if len(x[part]):
-                    at, to, weight = h.view(len(x), T, -1)[part], x[part, 1:], w[part, 1:]
-                    l, e = M.HeadCE.apply(
-                        at.flatten(0, 1), m.lm_head.weight, to.flatten(), weight.flatten(), probabilities
-                    )
-                    loss = loss + l * (share if 0 < n_owners < len(x) else 1)
-                    each.append(e)
-            extra, parts = aux_loss(m, readers, x, notes, lengths, T) if aux else (0.0, {})
-            (loss + aux * extra).backward()
+            loss, each = token_loss(m, h.view(len(x), T, -1), x, w, n_owners, phase.owners, known)
+            loss = loss + 0.01 * balance
+            extra, parts = aux_loss(m, readers, x, notes, lengths, T) if phase.aux else (0.0, {})
+            (loss + phase.aux * extra).backward()
             torch.nn.utils.clip_grad_norm_(rest, 1.0)
             o1.step()
             o2.step()
@@ -313,8 +350,7 @@ def main(data, out, init, *phases):
             for k, v in m.state_dict().items():
                 mean[k].lerp_(v, max(1 / 60, 1 / (step + 1)) if v.dtype.is_floating_point else 1)
             step += 1
-            tokens += N
-            each = torch.cat(each).view(len(rows), T)
+            tokens += x[:, 1:].numel()
             parts |= {f"owners{T}": each[:n_owners].mean().item(), f"others{T}": each[n_owners:].mean().item()}
             parts["who"] = each[q_row, q[:, 0]].mean().item()
             if len(q) and (lengths[1] > 1).any():
@@ -328,7 +364,7 @@ def main(data, out, init, *phases):
             if step % 10 == 0:
                 last = {k: round(float(np.mean(v[-10:])), 3) for k, v in seen.items()}
                 print(f"{step} {spent:.0f}s", last, f"lr {rate:.3f} tokens {tokens}", flush=True)
-            if since > 1500 or spent >= minutes * 60:
+            if since > 1500 or spent >= phase.minutes * 60:
                 since = 0.0
                 last = {k: round(float(np.mean(v[-40:])), 3) for k, v in seen.items()}
                 report(step=step, sec=round(spent), tokens=tokens, phase=spec, loss=last)
