@@ -205,11 +205,11 @@ static void test_model(const Fixture* f) {
   EXPECT_CODE(FATHOM_E_ARGUMENT, fathom_model_replan(f->model, NULL, NULL, 1, NULL, err));
   EXPECT_CODE(FATHOM_E_STATE, fathom_model_replan(f->model, NULL, NULL, 0, NULL, err));
   EXPECT_OK(fathom_model_replan(f->model, NULL, &f->session, 1, NULL, err));
-  EXPECT(info.n_layers == 4 && info.n_heads == 4 && info.n_experts == 8 &&
+  EXPECT(info.n_layers == 5 && info.n_heads == 4 && info.n_experts == 8 &&
          info.n_experts_used == 2);
   EXPECT(info.kv_lora_rank == 96 && info.rope_dim == 32 && info.n_vocab == 2048);
   EXPECT(info.bos == 0 && info.eos == 1);
-  EXPECT(info.n_params > 4900000 && info.n_params < 5100000 &&
+  EXPECT(info.n_params > 6000000 && info.n_params < 6200000 &&
          info.n_params_active < info.n_params);
   EXPECT(info.bytes_weights > 4000000 && info.context_train > 0);
   EXPECT(info.fingerprint_lo != 0 || info.fingerprint_hi != 0);

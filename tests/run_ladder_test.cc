@@ -193,7 +193,7 @@ TEST_CASE("the chunk is lowered while the text is read, and what was read counts
   Session session = test::new_session(model);
   const int64_t scratch = model.engine().memory().item(0, Purpose::kActivations).bytes_now +
                           model.engine().memory().item(0, Purpose::kWorkspace).bytes_now;
-  leave(model, model.plan().devices[0].kv_page_bytes * 10);
+  leave(model, model.plan().devices[0].kv_page_bytes * 16);
   test::require_ok(session.prefill(tokens));
   CHECK(session.n_tokens() == 3000);
   CHECK(count_events(session, "chunk_lowered") == 1);
@@ -273,7 +273,7 @@ TEST_CASE("cold pages are requantised down to the floor and no further", "[ladde
         roomy.prefill(std::span(tokens).first(static_cast<size_t>(session.n_tokens()))));
     test::require_ok(session.truncate(session.n_tokens() - 1));
     test::require_ok(session.step(tokens[static_cast<size_t>(session.n_tokens())]));
-    CHECK(test::cosine(roomy.logits(), session.logits()) > (floor[1] == '4' ? 0.97 : 0.999));
+    CHECK(test::cosine(roomy.logits(), session.logits()) > (floor[1] == '4' ? 0.97 : 0.998));
   }
 }
 

@@ -305,7 +305,7 @@ TEST_CASE("a plan prints itself", "[plan]") {
   auto plan = engine->plan(FATHOM_EXAMPLE_MODEL, test::config_of({{"context.max", "1000"}}));
   REQUIRE(plan.ok());
   const std::string json = plan->to_json(), text = plan->describe();
-  CHECK(json.find("\"kv_bytes_per_token\": 1024") != std::string::npos);  // 4 layers x 128 x 2
+  CHECK(json.find("\"kv_bytes_per_token\": 1280") != std::string::npos);  // 5 layers x 128 x 2
   CHECK(text.find("1,000 tokens") != std::string::npos);
   CHECK(text.find("FITS") != std::string::npos);
   auto again = engine->plan(FATHOM_EXAMPLE_MODEL, test::config_of({{"context.max", "1000"}}));

@@ -75,7 +75,7 @@ class Plan(Case):
         p = self.run_ok("plan", "-m", MODEL, "-c", 8192, "--json").json()
         self.assertIs(p["feasible"], True)
         self.assertEqual(p["max_context"], 8192)
-        self.assertEqual(p["kv_bytes_per_token"], 4 * (96 + 32) * 2)  # 4 layers, bf16
+        self.assertEqual(p["kv_bytes_per_token"], 5 * (96 + 32) * 2)  # 5 layers, 16 bits
         self.assertTrue(1 <= p["prefill_chunk"] <= 8192)
         self.assertEqual(p["alternatives"], [])
         (device,) = p["devices"]
@@ -86,14 +86,14 @@ class Plan(Case):
 
     def test_table(self):
         out = self.run_ok("plan", "-m", MODEL, "-c", 8192).out
-        for word in ("device", "bytes", "GiB", "per token", "cpu", "kv", "weights", "FITS", "budget", "1,024 B"):
+        for word in ("device", "bytes", "GiB", "per token", "cpu", "kv", "weights", "FITS", "budget", "1,280 B"):
             self.assertIn(word, out)
 
     def test_kv_type_decides_the_bytes_of_a_token(self):
         for kv_type, row in (("f32", 128 * 4), ("bf16", 128 * 2), ("f16", 128 * 2), ("fp8", 4 + 96 + 64),
                              ("q8_0", 3 * 34 + 64), ("q4_0", 3 * 18 + 64)):
             p = self.run_ok("plan", "-m", MODEL, "-c", 1024, "--kv-type", kv_type, "--json").json()
-            self.assertEqual(p["kv_bytes_per_token"], 4 * row, kv_type)
+            self.assertEqual(p["kv_bytes_per_token"], 5 * row, kv_type)
             self.assertEqual(p["kv_type"], kv_type)
 
     def test_infeasible_is_3_with_alternatives_that_hold(self):

@@ -105,7 +105,7 @@ class OneShot(Case):
     def test_gpu_layers_are_a_hint(self):
         r = self.run_ok("run", "-m", MODEL, "-p", STORY, "-n", 2, "-ngl", 99)
         self.assertIn("-ngl 99 is a hint", r.err)
-        self.assertIn("4 on cpu", r.err)
+        self.assertIn("5 on cpu", r.err)
 
 
 class Chat(Case):

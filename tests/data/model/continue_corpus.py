@@ -1,6 +1,7 @@
 """Texts of the second training: owners asked for (`who`), stories that go somewhere, long retrieval.
 
-usage: python continue_corpus.py DIR short SEED TOKENS [REAL_SHARE] | who SEED DOCUMENTS | long T TOKENS SEED
+usage: python continue_corpus.py DIR short SEED TOKENS [REAL_SHARE] | who SEED DOCUMENTS | long T TOKENS SEED |
+       stories | talk SEED TOKENS
 Builds on corpus.py (markers, World, make_fact, pools).  DIR holds tokenizer.json.
 """
 
@@ -253,6 +254,38 @@ def quest_doc(r):
     return out
 
 
+def apart(text):
+    """marks the second of two people of a sentence or of a talk, who must not be the first again"""
+    people = set(re.findall("(?<=[a-z,] )[A-Z][a-z]+", text))
+
+    def mark(m):
+        p, between, q = m.groups()
+        return p + between + hi(q) if p != q and p in people and q in people else m[0]
+
+    for between in ("(?:,? [a-z]+){1,4} ", '[.,] "[^"]*" (?:said|asked) ', '[.,]" (?:said|asked) '):
+        text = re.sub(r"\b([A-Z][a-z]+)(" + between + r")([A-Z][a-z]+)\b", mark, text)
+    return text
+
+
+def stories_doc(r):
+    c = r.random()
+    return apart(quest_doc(r) if c < 0.6 else C.story_doc(r) if c < 0.85 else C.chat_doc(r))
+
+
+def talk_doc(r):
+    """questions about a text, and then talk about something else"""
+    c = r.random()
+    doc = (
+        dense_who_doc(r)
+        if c < 0.3
+        else C.facts_doc(r) if c < 0.6 else retrieval_doc(r, r.randint(200, 900), r.randint(1, 4), r.randint(1, 3))
+    )
+    for _ in range(r.randint(1, 3)):
+        user, answer = C.general(r)
+        doc += C.chat(user, hi(C.strip(answer)))
+    return doc + C.chat("Tell me a story.", apart(quest(r)[3])) if r.random() < 0.3 else doc
+
+
 def real_train(d):
     """real documents without those that the held-out text was taken from"""
     held = C.Enc(d).tok.decode(
@@ -325,7 +358,7 @@ def short_doc(r):
     )
 
 
-def pool_short(d, enc, n_tok, seed, real_share=0.13):
+def pool_short(d, enc, n_tok, seed, real_share=0.13, short_doc=short_doc):
     r = random.Random(seed)
     real = real_train(d)
     rows, tot, rt = [], 0, 0
@@ -384,6 +417,10 @@ if __name__ == "__main__":
     enc = C.Enc(d)
     if what == "short":
         pool_short(d, enc, int(float(a[1])), int(a[0]), *map(float, a[2:]))
+    if what in ("stories", "talk"):
+        pool_short(
+            d, enc, int(float(a[1])), int(a[0]), short_doc=stories_doc if what == "stories" else talk_doc
+        )
     if what == "who":
         r = random.Random(int(a[0]))
         rows = enc.weighted([dense_who_doc(r) for _ in range(int(a[1]))])

@@ -177,7 +177,7 @@ def golden(data, out, prompts):
         if L > 8192 or i >= 5:
             continue
         G[f"needle.{L}.{i}.tokens"] = ("I32", np.array(p["tokens"], np.int32))
-        G[f"needle.{L}.{i}.logits_last"] = ("F32", logits(m, p["tokens"], last=1)[0].numpy())
+        G[f"needle.{L}.{i}.logits_last"] = ("F32", logits(q8, p["tokens"], last=1)[0].numpy())  # the file that tests have
         R.setdefault("needle", {})[f"{L}.{i}"] = {"kind": p["kind"], "answer": p["answer"]}
     r = random.Random(77)
     w = C.World(r)
@@ -196,7 +196,7 @@ def golden(data, out, prompts):
         G[f"gen.{i}.prompt"] = ("I32", np.array(ids, np.int32))
         g, mg = [], []
         for _ in range(128):
-            top = logits(q8, ids + g, last=1)[0].topk(2)  # the file that tests have
+            top = logits(q8, ids + g, last=1)[0].topk(2)
             g.append(int(top.indices[0]))
             mg.append(float(top.values[0] - top.values[1]))
         G[f"gen.{i}.tokens"] = ("I32", np.array(g, np.int32))

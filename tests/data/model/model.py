@@ -9,7 +9,7 @@ import torch.nn.functional as F
 CFG = dict(
     vocab=2048,
     dim=256,
-    layers=int(os.environ.get("LAYERS", 4)),
+    layers=int(os.environ.get("LAYERS", 5)),
     heads=4,
     nope=32,
     rope=32,
