@@ -273,7 +273,7 @@ TEST_CASE("cold pages are requantised down to the floor and no further", "[ladde
         roomy.prefill(std::span(tokens).first(static_cast<size_t>(session.n_tokens()))));
     test::require_ok(session.truncate(session.n_tokens() - 1));
     test::require_ok(session.step(tokens[static_cast<size_t>(session.n_tokens())]));
-    CHECK(test::cosine(roomy.logits(), session.logits()) > (floor[1] == '4' ? 0.97 : 0.998));
+    CHECK(test::cosine(roomy.logits(), session.logits()) > (floor[1] == '4' ? 0.97 : 0.999));
   }
 }
 

@@ -140,7 +140,7 @@ TEST_CASE("a device whose budget was lowered hands parts to others", "[replan]")
   for (const int small : {2, 1, 0}) {
     INFO("device " << small << " of " << whole << " bytes in all");
     for (int d = 0; d < 3; ++d)
-      test::require_ok(engine.set_budget(d, thread + (d == small ? whole / 4 : whole * 9 / 10)));
+      test::require_ok(engine.set_budget(d, thread + (d == small ? whole / 5 : whole * 9 / 10)));
     const Status moved = model.replan(sessions, model.plan().config);
     INFO(moved.message());
     REQUIRE(moved.ok());

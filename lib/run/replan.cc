@@ -3,7 +3,8 @@
 // Nothing that may fail comes after something that cannot be taken back:
 //   1. plan      as if the model held nothing
 //   2. sessions  are saved into a file without a name, as Session::save does
-//   3. sessions  give their memory back
+//   3. sessions  give their memory back but for tokens and page tables, which are there twice
+//                while they are restored
 //   4. weights   what a device gets is loaded into new memory; what it keeps stays where it is
 //   5. sessions  are restored under the new plan
 //   6. weights   that moved away are given back
@@ -421,8 +422,12 @@ Status move_to_plan(const Model& handle, std::span<Session* const> sessions, con
   for (size_t i = 0; i < sessions.size(); ++i) FATHOM_TRY(park(*sessions[i], parked[i]));
 
   // 3.
-  const Ledger::Exchange exchange(ledger);
-  for (Session* session : sessions) session->state().lose_memory();
+  Ledger::Exchange exchange(ledger);
+  for (Session* session : sessions) {
+    session->state().lose_memory();
+    for (int d = 0; d < static_cast<int>(own.size()); ++d)
+      exchange.allow_twice(d, session->state().bytes_on(d));
+  }
   auto file = planner.take_file();
   WeightMove move(model, *file);
   InForce other;

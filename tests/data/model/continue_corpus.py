@@ -275,15 +275,18 @@ def stories_doc(r):
 def talk_doc(r):
     """questions about a text, and then talk about something else"""
     c = r.random()
-    doc = (
-        dense_who_doc(r)
-        if c < 0.3
-        else C.facts_doc(r) if c < 0.6 else retrieval_doc(r, r.randint(200, 900), r.randint(1, 4), r.randint(1, 3))
-    )
+    if c < 0.3:
+        doc = dense_who_doc(r)
+    elif c < 0.6:
+        doc = C.facts_doc(r)
+    else:
+        doc = retrieval_doc(r, r.randint(200, 900), r.randint(1, 4), r.randint(1, 3))
     for _ in range(r.randint(1, 3)):
         user, answer = C.general(r)
         doc += C.chat(user, hi(C.strip(answer)))
-    return doc + C.chat("Tell me a story.", apart(quest(r)[3])) if r.random() < 0.3 else doc
+    if r.random() < 0.3:
+        doc += C.chat("Tell me a story.", apart(quest(r)[3]))
+    return doc
 
 
 def real_train(d):

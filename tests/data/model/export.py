@@ -177,7 +177,8 @@ def golden(data, out, prompts):
         if L > 8192 or i >= 5:
             continue
         G[f"needle.{L}.{i}.tokens"] = ("I32", np.array(p["tokens"], np.int32))
-        G[f"needle.{L}.{i}.logits_last"] = ("F32", logits(q8, p["tokens"], last=1)[0].numpy())  # the file that tests have
+        # as below, of the file that tests have
+        G[f"needle.{L}.{i}.logits_last"] = ("F32", logits(q8, p["tokens"], last=1)[0].numpy())
         R.setdefault("needle", {})[f"{L}.{i}"] = {"kind": p["kind"], "answer": p["answer"]}
     r = random.Random(77)
     w = C.World(r)
